@@ -1,0 +1,1 @@
+"""Amortized optimization in PyTorch Lightning."""
