@@ -1,1 +1,19 @@
-"""Amortized optimization in PyTorch Lightning."""
+"""Amortized optimization in PyTorch Lightning, with the amortization gap measured honestly."""
+
+from amortized.contexts import ContextDataModule
+from amortized.losses import IterateLoss, Loss, ObjectiveLoss, RegressionLoss
+from amortized.metrics import AmortizationGap
+from amortized.module import AmortizedModule
+from amortized.problem import Problem, ProblemError
+
+__all__ = [
+    "AmortizationGap",
+    "AmortizedModule",
+    "ContextDataModule",
+    "IterateLoss",
+    "Loss",
+    "ObjectiveLoss",
+    "Problem",
+    "ProblemError",
+    "RegressionLoss",
+]

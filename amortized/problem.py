@@ -33,6 +33,10 @@ class Predictor(Problem, Protocol):
         """The network's prediction and every refinement of it, each ``(B, *)``; the last one is the prediction."""
         ...
 
+    def initial(self, a: Context) -> Tensor:
+        """Where a solver starts cold, ``(B, *)``."""
+        ...
+
 
 def map_leaves(f: Callable[[Tensor], Tensor], a: Context) -> Context:
     """The context with ``f`` applied to each of its tensors."""
@@ -48,9 +52,7 @@ def map_leaves(f: Callable[[Tensor], Tensor], a: Context) -> Context:
 
 def leaves(a: Context) -> list[Tensor]:
     """The tensors of a context, in order."""
-    found: list[Tensor] = []
-    map_leaves(lambda leaf: (found.append(leaf), leaf)[1], a)
-    return found
+    return [a] if isinstance(a, Tensor) else [leaf for part in a for leaf in leaves(part)]
 
 
 def num_rows(a: Context) -> int:
@@ -108,3 +110,71 @@ class CommonDraws:
     def objective(self, b: Tensor, a: Context) -> Tensor:
         with draws(self.seed, b.device):
             return self.problem.objective(b, a)
+
+
+class ProblemError(ValueError):
+    """A problem, or a network for it, breaks the contract; the message says what was given and what to write."""
+
+
+def evaluate(problem: Problem, b: Tensor, a: Context) -> Tensor:
+    """``L(b; a)`` without a graph, shape ``(B,)``."""
+    with torch.no_grad():
+        return problem.objective(b, a)
+
+
+def check_objective(problem: Problem, b: Tensor, a: Context) -> None:
+    """Check the contract of ``objective`` on one batch: it returns ``(B,)``, finite, and no row sees another.
+
+    Row independence is tested by the gradient (``dL_i / db_j = 0`` for ``i != j``) and, where the objective draws no
+    random numbers, by evaluating the rows in two halves.
+
+    Raises:
+        ProblemError: with what was given, what was expected and what to write instead.
+    """
+    name = f"{type(problem).__name__}.objective"
+    sizes = {len(leaf) for leaf in leaves(a)} | {len(b)}
+    if len(sizes) > 1:
+        raise ProblemError(
+            f"contexts and solutions must share their leading dimension; got sizes {sorted(sizes)}. "
+            "What all rows share (a matrix, a frozen network) belongs on the module, not in the context."
+        )
+    B = len(b)
+    random = is_random(problem, b, a)
+    with torch.enable_grad(), draws(0, b.device):
+        point = b.detach().clone().requires_grad_()
+        value = problem.objective(point, a)
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != (B,):
+            mend = "reduce over every dimension but the first, as in `.flatten(1).sum(1)`"
+            if isinstance(shape, tuple) and shape == (B, 1):
+                mend = "drop the last dimension with `.squeeze(-1)`"
+            raise ProblemError(f"{name}(b, a) must return one value for each row, shape ({B},); got {shape}: {mend}.")
+        if not torch.isfinite(value).all():
+            row = int((~torch.isfinite(value)).nonzero()[0])
+            raise ProblemError(
+                f"{name} is {float(value[row])} in row {row} of the first batch (b of that row: {b[row].flatten()[:4]}...); "
+                "every real b must be legal: map it into the domain (softmax, softplus, ...) inside the objective."
+            )
+        if not value.requires_grad:
+            raise ProblemError(f"{name} does not depend on b (no gradient reaches it): is b detached, or in no_grad?")
+        for row in {0, B - 1}:
+            (grad,) = torch.autograd.grad(value[row], point, retain_graph=True)
+            grad = grad.flatten(1).abs().sum(1)
+            grad[row] = 0
+            if (grad != 0).any():
+                other = int((grad != 0).nonzero()[0])
+                raise ProblemError(_mixes(name, row, other))
+    if not random and B > 1:
+        half = B // 2
+        parts = [evaluate(problem, b[i], take(a, i)) for i in (slice(0, half), slice(half, B))]
+        off = (torch.cat(parts) - value.detach()).abs() > 1e-3 * (1 + value.detach().abs())
+        if off.any():
+            raise ProblemError(_mixes(name, int(off.nonzero()[0]), None))
+
+
+def _mixes(name: str, row: int, other: int | None) -> str:
+    what = f"row {row} depends on row {other}" if other is not None else f"row {row} changes with the other rows"
+    return (
+        f"{name} mixes rows: {what} of the batch. Each row is its own problem: look for batch normalisation, "
+        "a mean or softmax over dimension 0, or a broadcast of (B,) against (B, 1)."
+    )

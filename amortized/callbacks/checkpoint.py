@@ -1,0 +1,150 @@
+"""Checkpoints from which a run continues exactly, also when it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch import callbacks
+
+
+class Checkpoint(callbacks.Checkpoint):
+    """Saves ``checkpoints/step=N.ckpt`` in the run's folder: every n steps, at the end, and the best so far.
+
+    It saves between optimizer steps only (never inside a window of accumulated gradients), and after the validation of
+    a step rather than before it, so that a run resumed from any of them repeats and loses nothing.
+
+    Args:
+        every_n_steps: training steps between two checkpoints.
+        keep: how many of them to keep; the newest.
+        monitor: a logged metric of validation; the checkpoint where it was lowest is kept as ``best.ckpt``.
+    """
+
+    def __init__(self, every_n_steps: int = 500, keep: int = 2, monitor: str | None = "val/objective") -> None:
+        if every_n_steps < 1 or keep < 1:
+            raise ValueError(f"checkpoint.every_n_steps and keep must be at least 1; got {every_n_steps} and {keep}")
+        self.every_n_steps, self.keep, self.monitor = every_n_steps, keep, monitor
+        self.best = float("inf")
+        self.saved: list[str] = []
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"best": self.best, "saved": self.saved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self.best, self.saved = state_dict["best"], state_dict["saved"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self.directory = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
+
+    def save(self, trainer: Trainer) -> Path:
+        """Save this training step, unless it is saved already; every process calls it."""
+        path = self.directory / f"step={trainer.global_step:08d}.ckpt"
+        if path.name in self.saved[-1:]:
+            return path
+        self.saved.append(path.name)
+        old, self.saved = self.saved[: -self.keep], self.saved[-self.keep :]
+        for logger in trainer.loggers:
+            logger.save()  # the metrics up to here must be on disk before a checkpoint says that they are
+        trainer.save_checkpoint(path)
+        for name in old:
+            trainer.strategy.remove_checkpoint(self.directory / name)
+        return path
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0 and between_steps(trainer) and not validates_now(trainer, batch_idx):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not between_steps(trainer):
+            return
+        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        if value is not None and float(value) < self.best:
+            self.best = float(value)
+            trainer.save_checkpoint(self.directory / "best.ckpt")
+        if trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if trainer.global_step and between_steps(trainer):
+            self.save(trainer)
+
+
+def between_steps(trainer: Trainer) -> bool:
+    """Whether the last batch ended a window of accumulated gradients."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def validates_now(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a validation follows this training batch."""
+    every = trainer.val_check_batch
+    return trainer.enable_validation and isinstance(every, int) and (batch_idx + 1) % every == 0
+
+
+class Interrupted(SystemExit):
+    """The run was told to stop by a signal; the exit status is 128 + the signal's number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+
+
+def raise_interrupted(signum: int, frame: Any) -> None:
+    """A signal handler that stops at once, with the conventional exit status."""
+    raise Interrupted(signum)
+
+
+class Interrupt(callbacks.Callback):
+    """TERM or Ctrl-C during training: finish the step, agree on it over all processes, save one checkpoint, stop.
+
+    During a validation it stops at once, and the resumed run continues from the checkpoint's training step. A second
+    Ctrl-C stops at once without a checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.signum = 0
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self.signum = 0
+
+        def handle(signum: int, frame: Any) -> None:
+            again, self.signum = self.signum, signum
+            if again or (trainer.validating and trainer.world_size == 1):
+                raise Interrupted(signum)
+
+        self._handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not between_steps(trainer):
+            return
+        if trainer.world_size > 1:
+            told = torch.tensor(self.signum, device=pl_module.device)
+            self.signum = int(trainer.strategy.reduce(told, reduce_op="max"))
+        if self.signum:
+            path = self.checkpoint.save(trainer)
+            if trainer.is_global_zero:
+                print(f"\nstopped by {signal.Signals(self.signum).name} after step {trainer.global_step}; continue with --ckpt_path {path}")
+            raise Interrupted(self.signum)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: D102
+        self._restore()
+        if isinstance(exception, Interrupted) and trainer.validating and trainer.state.fn == "fit":
+            path = self.checkpoint.save(trainer)
+            print(f"\nstopped by {signal.Signals(exception.signum).name} in the validation of step {trainer.global_step}; "
+                  f"continue with --ckpt_path {path}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
