@@ -48,7 +48,7 @@ class Checkpoint(callbacks.Checkpoint):
         old, self.saved = self.saved[: -self.keep], self.saved[-self.keep :]
         for logger in trainer.loggers:
             logger.save()  # the metrics up to here must be on disk before a checkpoint says that they are
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         for name in old:
             trainer.strategy.remove_checkpoint(self.directory / name)
         return path
@@ -65,7 +65,7 @@ class Checkpoint(callbacks.Checkpoint):
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         if value is not None and float(value) < self.best:
             self.best = float(value)
-            trainer.save_checkpoint(self.directory / "best.ckpt")
+            trainer.save_checkpoint(self.directory / "best.ckpt", weights_only=False)
         if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
