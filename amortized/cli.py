@@ -25,6 +25,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch.multiprocessing import ProcessExitedException
 
 import amortized.networks
 import amortized.problems
@@ -139,6 +140,7 @@ class AmortizedCLI(LightningCLI):
     """The command line; see the module's docstring."""
 
     recipe = "run"
+    resume_step = 0
 
     def __init__(self, args: ArgsType = None) -> None:
         super().__init__(
@@ -224,10 +226,11 @@ class AmortizedCLI(LightningCLI):
         """The trainer with this run's folder, loggers, checkpoint files and callbacks."""
         settings = self.config_init[self.subcommand]
         folder = self._run_folder(settings)
-        step = getattr(self, "resume_step", None) if self.subcommand == "fit" else None
         kwargs["default_root_dir"] = str(folder)
+        if self.subcommand == "fit" and not settings["ckpt_path"] and any(folder.glob("checkpoints/*.ckpt")):
+            raise UsageError(f"{folder} holds a run: continue it with --ckpt_path {folder}, or name another --run_folder")
         if settings["trainer"]["logger"] in (None, True):
-            kwargs["logger"] = [MetricsLogger(folder, resume_step=step)]
+            kwargs["logger"] = [MetricsLogger(folder, drop_from=self.resume_step if self.subcommand == "fit" else None)]
             if settings["wandb"] != "off":
                 kwargs["logger"].append(wandb_logger(folder, settings["wandb"], self.recipe, recipe_config(self)))
         plugins = settings["trainer"]["plugins"] or []
@@ -258,20 +261,35 @@ class AmortizedCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         launched = os.environ.get(RUN)
         os.environ[RUN] = self.trainer.default_root_dir
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._interrupt)
         try:
             super()._run_subcommand(subcommand)
+        except ProcessExitedException as error:
+            raise SystemExit(error.exit_code) from None
         finally:
             os.environ.pop(RUN, None) if launched is None else os.environ.update({RUN: launched})
+
+    def _interrupt(self, signum: int, frame: Any) -> None:
+        """Stop; where the training happens in forked processes, tell those, and wait for their checkpoint."""
+        forked = [process for process in getattr(self.trainer.strategy.launcher, "procs", ()) if process.is_alive()]
+        if not forked:
+            raise_interrupted(signum, frame)
+        for process in forked:
+            os.kill(process.pid, signum)
 
     def after_fit(self) -> None:
         """Measure the trained model on the test contexts."""
         if self.trainer.fast_dev_run or self.trainer.interrupted:
             return
+        last = checkpoint.newest(self.trainer.default_root_dir)
+        if self.trainer.global_step == 0 and last is not None:  # the steps were made in forked processes
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = checkpoint.load(last)["global_step"]
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-        if self.config_init.fit.wandb_artifact:
+        if self.config_init.fit.wandb_artifact and last is not None:
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    log_checkpoint(logger, checkpoint.newest(self.trainer.default_root_dir))
+                    log_checkpoint(logger, last)
 
 
 def _evaluated(model: dict[str, Any]) -> dict[str, Any]:
@@ -299,7 +317,7 @@ def main(args: list[str] | None = None) -> None:
     handlers = {number: signal.signal(number, raise_interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|args parameter is intended).*")
+            warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|args parameter is intended|recommended to use .self.log).*")
             AmortizedCLI(args)
     except (UsageError, ProblemError, checkpoint.CheckpointError, MisconfigurationException) as error:
         if os.environ.get("AMORTIZED_DEBUG"):

@@ -20,17 +20,18 @@ class MetricsLogger(Logger):
 
     Args:
         folder: of the run.
-        resume_step: the training step of the checkpoint the run resumes from: what the file says of later steps is dropped,
-            since they are made again.
+        drop_from: what the file says of this training step and later ones is dropped, since the run makes them again.
         flush_every: lines between two writes to disk; a checkpoint also writes.
     """
 
-    def __init__(self, folder: str | Path, resume_step: int | None = None, flush_every: int = 100) -> None:
+    def __init__(self, folder: str | Path, drop_from: int | None = None, flush_every: int = 100) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self.resume_step, self.flush_every = resume_step, flush_every
+        self.flush_every = flush_every
         self._lines: dict[int, dict[str, Any]] | None = None
         self._unsaved = 0
+        if drop_from is not None and self.path.is_file():
+            self._drop(drop_from)
 
     @property
     def name(self) -> str:  # noqa: D102
@@ -81,11 +82,18 @@ class MetricsLogger(Logger):
         self.save()
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        if not self.path.is_file() or self.resume_step is None:
+        if not self.path.is_file():
             return {}
         with self.path.open(newline="") as file:
-            lines = {int(line["step"]): {k: v for k, v in line.items() if v != ""} for line in csv.DictReader(file)}
-        return {step: line for step, line in lines.items() if step < self.resume_step}
+            return {int(line["step"]): {k: v for k, v in line.items() if v != ""} for line in csv.DictReader(file)}
+
+    @rank_zero_only
+    def _drop(self, step: int) -> None:
+        lines = self._read()
+        self._lines = {at: line for at, line in lines.items() if at < step}
+        self._unsaved = 1
+        self.save()
+        self._lines = None
 
 
 def wandb_logger(folder: Path, mode: str, recipe: str, config: dict[str, Any]) -> WandbLogger:

@@ -70,3 +70,41 @@ def test_killed_and_resumed_is_bit_identical(accumulate, workers, processes):
     killed = fit_with_kills(args, kills=2, rng=rng, length=length)
     assert killed
     assert_same("killed", "whole")
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_told_to_stop_saves_once_and_resumes_exactly(number, code, group, processes):
+    args = recipe(accumulate=2, processes=processes)
+    args[args.index("--checkpoint.every_n_steps=7")] = "--checkpoint.every_n_steps=1000"
+    whole = Run([*args, "--run_folder=whole"], log="whole.txt")
+    stopped = Run([*args, "--run_folder=stopped", f"--trainer.max_steps={STEPS}"])
+    stopped.wait_for(lambda: Path("stopped/config.yaml").exists())
+    time.sleep(0.7 * processes)
+    stopped.signal(number, group)
+    told = time.monotonic()
+    assert stopped.wait() == code, stopped.output()
+    assert time.monotonic() - told < 10
+    assert len(list(Path("stopped/checkpoints").glob("step=*.ckpt"))) == 1, stopped.output()
+    assert "continue with --ckpt_path" in stopped.output()
+    assert whole.wait() == 0, whole.output()
+    resumed = Run([*args, "--run_folder=stopped", "--ckpt_path=stopped"])
+    assert resumed.wait() == 0, resumed.output()
+    assert_same("stopped", "whole")
+
+
+def test_told_to_stop_in_a_validation(tmp_path):
+    args = recipe()
+    args[args.index("--checkpoint.every_n_steps=7")] = "--checkpoint.every_n_steps=1000"
+    args += ["--gap.solver=GradientDescent", "--gap.solver.steps=2000", "--gap.solver.tol=0", "--gap.solver.lr=1e-6"]
+    whole = Run([*args, "--run_folder=whole"])
+    assert whole.wait() == 0, whole.output()
+    stopped = Run([*args, "--run_folder=stopped"])
+    stopped.wait_for(lambda: Path("stopped/metrics.csv").exists() or Path("stopped/config.yaml").exists())
+    time.sleep(0.8)  # 40 steps take less, the validation takes longer
+    stopped.signal(signal.SIGTERM)
+    assert stopped.wait(10) == 143, stopped.output()
+    resumed = Run([*args, "--run_folder=stopped", "--ckpt_path=stopped"])
+    assert resumed.wait() == 0, resumed.output()
+    assert_same("stopped", "whole")
