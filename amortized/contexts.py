@@ -151,7 +151,9 @@ class ContextDataModule(LightningDataModule):
         while at < start + self.batch_size:
             turn, offset = divmod(at, n)
             if self._order is None or self._order[0] != turn:
-                order = torch.randperm(n, generator=torch.Generator().manual_seed(stream_seed(self.seed, "order", turn)))
+                order = torch.randperm(
+                    n, generator=torch.Generator().manual_seed(stream_seed(self.seed, "order", turn))
+                )
                 self._order = (turn, order)
             part = self._order[1][offset : offset + start + self.batch_size - at]
             parts.append(part)
@@ -274,7 +276,9 @@ def load_contexts(path: str | Path, like: Context) -> Context:
     if isinstance(saved, dict):
         names = getattr(like, "_fields", ())
         if set(saved) != set(names):
-            raise ProblemError(f"{path} has the fields {sorted(saved)}; the contexts have {list(names) or 'none (a tensor)'}")
+            raise ProblemError(
+                f"{path} has the fields {sorted(saved)}; the contexts have {list(names) or 'none (a tensor)'}"
+            )
         given = [saved[name] for name in names]
     else:
         given = [torch.as_tensor(saved)]

@@ -108,7 +108,14 @@ def wandb_logger(folder: Path, mode: str, recipe: str, config: dict[str, Any]) -
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{recipe}-{folder.name}"
     return WandbLogger(
-        project="amortized", name=name, id=name, group=recipe, save_dir=str(folder), offline=mode == "offline", config=config, resume="allow"
+        project="amortized",
+        name=name,
+        id=name,
+        group=recipe,
+        save_dir=str(folder),
+        offline=mode == "offline",
+        config=config,
+        resume="allow",
     )
 
 

@@ -61,7 +61,11 @@ class Checkpoint(callbacks.Checkpoint):
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps == 0 and between_steps(trainer) and not validates_now(trainer, batch_idx):
+        if (
+            trainer.global_step % self.every_n_steps == 0
+            and between_steps(trainer)
+            and not validates_now(trainer, batch_idx)
+        ):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -170,7 +174,9 @@ class Interrupt(callbacks.Callback):
         self._validate = validate
         path = self.checkpoint.save(trainer)
         if trainer.is_global_zero:
-            print(f"\nstopped by {signal.Signals(signum).name} at step {trainer.global_step}; continue with --ckpt_path {path}")
+            print(
+                f"\nstopped by {signal.Signals(signum).name} at step {trainer.global_step}; continue with --ckpt_path {path}"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._restore()

@@ -15,12 +15,20 @@ from torch.distributions import Distribution
 def arrays(decoded: Any, name: str = "decoded") -> dict[str, np.ndarray]:
     """A decoded solution as named arrays: a tensor, a ``NamedTuple`` or dict of tensors, or a distribution's mean and stddev."""
     if isinstance(decoded, Tensor):
-        return {name: decoded.detach().float().cpu().numpy() if decoded.is_floating_point() else decoded.detach().cpu().numpy()}
+        return {
+            name: decoded.detach().float().cpu().numpy()
+            if decoded.is_floating_point()
+            else decoded.detach().cpu().numpy()
+        }
     if isinstance(decoded, Distribution):
-        return {f"{name}.{what}": array for what in ("mean", "stddev") for array in arrays(getattr(decoded, what)).values()}
+        return {
+            f"{name}.{what}": array for what in ("mean", "stddev") for array in arrays(getattr(decoded, what)).values()
+        }
     parts = decoded._asdict() if hasattr(decoded, "_asdict") else decoded
     if not isinstance(parts, dict):
-        raise TypeError(f"decode must give a tensor, a NamedTuple or dict of them, or a distribution; got {type(decoded).__name__}")
+        raise TypeError(
+            f"decode must give a tensor, a NamedTuple or dict of them, or a distribution; got {type(decoded).__name__}"
+        )
     return {key: array for field, part in parts.items() for key, array in arrays(part, f"{name}.{field}").items()}
 
 
@@ -33,7 +41,13 @@ class PredictionWriter(Callback):
         self._batches: list[tuple[int, dict[str, np.ndarray]]] = []
 
     def on_predict_batch_end(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         number = batch_idx * trainer.world_size + trainer.global_rank
         parts = {**arrays(outputs["b"], "b"), **arrays(outputs["objective"], "objective"), **arrays(outputs["decoded"])}

@@ -67,7 +67,10 @@ def table(found: dict[str, Any], name: str, objective: str) -> str:
         rows += [
             (f"time for {t['contexts']} contexts, network", f"{1e3 * t['network']:.3g} ms"),
             (f"                        {t['rival']}, to its end", f"{1e3 * t['solver']:.3g} ms"),
-            (f"                        {t['rival']}, to the network's quality", f"{reached:.3g}x the network's" if reached else "never reached"),
+            (
+                f"                        {t['rival']}, to the network's quality",
+                f"{reached:.3g}x the network's" if reached else "never reached",
+            ),
         ]
     width = max(len(label) for label, _ in rows) + 2
     lines = [f"{label:<{width}}{value:>20}" for label, value in rows]
@@ -86,7 +89,11 @@ def draw_gap(rows: GapRows, objective: str) -> Figure:
     axes = figure.subplots()
     if len(gap):
         axes.hist(gap.numpy(), bins=40, color="#4c78a8")
-        for name, value, style in (("mean", gap.mean(), "-"), ("median", gap.median(), "--"), ("95 %", gap.quantile(0.95), ":")):
+        for name, value, style in (
+            ("mean", gap.mean(), "-"),
+            ("median", gap.median(), "--"),
+            ("95 %", gap.quantile(0.95), ":"),
+        ):
             axes.axvline(float(value), color="black", linestyle=style, linewidth=1, label=f"{name} {float(value):.3g}")
         axes.legend(frameon=False)
     lost = len(rows.gap) - len(gap)
@@ -100,7 +107,12 @@ def draw_budget(budget: Budget, objective: str) -> Figure:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for curve in budget.curves:
-        axes.plot([1e3 * t for t in curve.seconds], curve.objective, label=curve.name, linewidth=2 if curve.name == budget.rival else 1)
+        axes.plot(
+            [1e3 * t for t in curve.seconds],
+            curve.objective,
+            label=curve.name,
+            linewidth=2 if curve.name == budget.rival else 1,
+        )
     axes.axhline(budget.network_objective, color="black", linewidth=0.5, linestyle=":")
     axes.plot(1e3 * budget.network_seconds, budget.network_objective, "k*", markersize=12, label="network")
     axes.set(xscale="log", xlabel=f"milliseconds for {budget.contexts} contexts", ylabel=f"mean {objective}")
@@ -142,7 +154,9 @@ class Report(Callback):
             if hasattr(logger, "log_image"):
                 for name in pictures:
                     logger.log_image(f"pictures/{name}", [str(directory / "pictures" / f"{name}.png")])
-                logger.experiment.summary.update({f"{g}.{k}": v for g, values in found.items() for k, v in values.items()})
+                logger.experiment.summary.update(
+                    {f"{g}.{k}": v for g, values in found.items() for k, v in values.items()}
+                )
         print(f"\n{table(found, self.name, pl_module.objective_name)}\nwritten to {directory}")
 
     def _pictures(self, module: AmortizedModule, budget: Budget | None) -> dict[str, Figure]:
