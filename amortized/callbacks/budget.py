@@ -85,7 +85,9 @@ def measure_budget(problem: AmortizedModule, a: Context, rivals: dict[str, Solve
         _trace(name, solver, search, take(a, slice(0, 2)), start[:2])  # warm
         curve, total = _trace(name, solver, search, a, start)
         curves.append(curve)
-        reached = next((t for t, value in zip(curve.seconds, curve.objective, strict=True) if value <= target), math.inf)
+        reached = next(
+            (t for t, value in zip(curve.seconds, curve.objective, strict=True) if value <= target), math.inf
+        )
         found.append((reached, curve.objective[-1], name, total))
     reached, _, rival, total = min(found)
     return Budget(len(b), statistics.median(times), target, curves, rival, total, reached)
@@ -128,8 +130,14 @@ class BudgetMonitor(Callback):
         self.contexts, self.enabled = contexts, enabled
         self.budget: Budget | None = None
 
-    def on_test_batch_end(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self.enabled and batch_idx == 0 and trainer.is_global_zero and isinstance(pl_module, AmortizedModule):
             a = take(batch, slice(0, min(self.contexts, num_rows(batch))))
