@@ -112,13 +112,13 @@ def newest(directory: str | Path, but: Path | None = None) -> Path | None:
 class WholeCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written by :func:`save` and read by :func:`load`."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:  # noqa: D102
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         save(checkpoint, path)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: D102
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return load(path)
 
-    def remove_checkpoint(self, path: Any) -> None:  # noqa: D102
+    def remove_checkpoint(self, path: Any) -> None:
         super().remove_checkpoint(path)
         digest_path(path).unlink(missing_ok=True)
 

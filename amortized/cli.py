@@ -37,7 +37,7 @@ from amortized.callbacks import BudgetMonitor, Checkpoint, GapMonitor, Interrupt
 from amortized.callbacks.checkpoint import raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
 from amortized.contexts import ContextDataModule
-from amortized.loggers import MetricsLogger, log_checkpoint, wandb_logger
+from amortized.loggers import MetricsLogger, finish, log_checkpoint, wandb_logger
 from amortized.module import AmortizedModule
 from amortized.problem import ProblemError
 
@@ -80,7 +80,7 @@ def resolve_recipe(name: str) -> str:
 class Parser(LightningArgumentParser):
     """Says what is wrong in one line, with the names that come close."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: D102
+    def error(self, message: str, ex: Exception | None = None) -> Any:
         raise UsageError(_cause(message))
 
 
@@ -133,7 +133,7 @@ def _subclasses(cls: type) -> list[type]:
 class SaveRecipe(SaveConfigCallback):
     """Writes ``config.yaml`` into the run's folder and the recipe into every checkpoint; replaces no earlier one."""
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:  # noqa: D102
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if not self.already_saved and trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ class SaveRecipe(SaveConfigCallback):
             path.write_text(text)
         self.already_saved = True
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint_: dict[str, Any]) -> None:  # noqa: D102
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint_: dict[str, Any]) -> None:
         checkpoint_[checkpoint.RECIPE] = recipe_of(self.parser, self.config)
 
 
@@ -189,8 +189,8 @@ class AmortizedCLI(LightningCLI):
             args=args,
         )
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:  # noqa: D102
-        given = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        given = list(sys.argv[1:] if args is None else args)
         for at, word in enumerate(given):
             if word in ("-c", "--config") and at + 1 < len(given):
                 given[at + 1] = resolve_recipe(given[at + 1])
@@ -204,7 +204,7 @@ class AmortizedCLI(LightningCLI):
             self.recipe = settings["recipe"]
         settings["recipe"] = self.recipe
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:  # noqa: D102
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(GapMonitor, "gap")
         parser.add_lightning_class_args(BudgetMonitor, "budget")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -272,7 +272,7 @@ class AmortizedCLI(LightningCLI):
             return found
         return path
 
-    def instantiate_classes(self) -> None:  # noqa: D102
+    def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
         except ValueError as error:  # of a class's own __init__, in jsonargparse's wrapping
@@ -326,10 +326,20 @@ class AmortizedCLI(LightningCLI):
         os.environ[RUN] = self.trainer.default_root_dir
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._interrupt)
+        exit_code: Any = 1
         try:
             super()._run_subcommand(subcommand)
+            exit_code = 0
         except ProcessExitedException as error:
-            raise SystemExit(error.exit_code) from None
+            exit_code = error.exit_code
+            raise SystemExit(exit_code) from None
+        except SystemExit as stop:
+            exit_code = stop.code
+            raise
+        finally:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    finish(logger, exit_code)
 
     def _interrupt(self, signum: int, frame: Any) -> None:
         """Stop; where the training happens in forked processes, tell those, and wait for their checkpoint."""
@@ -341,7 +351,7 @@ class AmortizedCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Measure the trained model on the test contexts."""
-        if self.trainer.fast_dev_run or self.trainer.interrupted:
+        if self.config_init.fit.trainer.fast_dev_run or self.trainer.interrupted:
             return
         last = checkpoint.newest(self.trainer.default_root_dir)
         if self.trainer.global_step == 0 and last is not None:  # the steps were made in forked processes
@@ -371,7 +381,8 @@ def main(args: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: 2 for a fault in the command line, recipe, problem or checkpoint, told in one line on standard error
-            (with ``AMORTIZED_DEBUG`` set in the environment the exception itself passes through); 128 + signal number when told to stop.
+            (with ``AMORTIZED_DEBUG`` set in the environment the exception itself passes through); 128 + the
+            signal's number when told to stop.
     """
     for name in (
         "lightning.pytorch.utilities.rank_zero",

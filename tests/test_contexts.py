@@ -1,9 +1,9 @@
+import pytest
 import torch
 from toy import FiniteGaussians, Gaussians, LazyGaussians, Pairs
 
 from amortized.contexts import stream_seed
 from amortized.problem import num_rows
-import pytest
 
 
 @pytest.mark.parametrize("cls", [Gaussians, FiniteGaussians, LazyGaussians])

@@ -1,6 +1,5 @@
 """Runs that are killed or told to stop, and resumed, are bit for bit those that were not."""
 
-import os
 import random
 import signal
 import time

@@ -130,7 +130,7 @@ class BudgetMonitor(Callback):
         self.contexts, self.enabled = contexts, enabled
         self.budget: Budget | None = None
 
-    def on_test_batch_end(  # noqa: D102
+    def on_test_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,

@@ -107,13 +107,13 @@ class GapMonitor(Callback):
             {f"{split}/gap/{name}": value.float() for name, value in statistics.items()}, rank_zero_only=False
         )
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer, pl_module)
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer, pl_module)
 
-    def on_validation_batch_end(  # noqa: D102
+    def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -127,7 +127,7 @@ class GapMonitor(Callback):
                 trainer, pl_module, outputs, batch, batch_idx * trainer.world_size + trainer.global_rank, 2**20
             )
 
-    def on_test_batch_end(  # noqa: D102
+    def on_test_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -138,10 +138,10 @@ class GapMonitor(Callback):
     ) -> None:
         self._measure(trainer, pl_module, outputs, batch, batch_idx * trainer.world_size + trainer.global_rank, 2**20)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._skips(trainer):
             self._finish(trainer, pl_module, "val")
         self._validations += trainer.state.fn == "fit" and not trainer.sanity_checking
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, pl_module, "test")

@@ -33,14 +33,15 @@ def arrays(decoded: Any, name: str = "decoded") -> dict[str, np.ndarray]:
 
 
 class PredictionWriter(Callback):
-    """Writes ``predictions.npz`` into the run's folder: ``b``, ``objective`` and what ``decode`` gives, a row for each context,
-    in the order of the contexts, whatever the number of processes.
+    """Writes ``predictions.npz`` into the run's folder: ``b``, ``objective`` and what ``decode`` gives.
+
+    A row for each context, in the order of the contexts, whatever the number of processes.
     """
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches: list[tuple[int, dict[str, np.ndarray]]] = []
 
-    def on_predict_batch_end(  # noqa: D102
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -53,7 +54,7 @@ class PredictionWriter(Callback):
         parts = {**arrays(outputs["b"], "b"), **arrays(outputs["objective"], "objective"), **arrays(outputs["decoded"])}
         self._batches.append((number, parts))
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = self._batches
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
@@ -64,5 +65,6 @@ class PredictionWriter(Callback):
         batches.sort(key=lambda batch: batch[0])
         path = Path(trainer.default_root_dir) / "predictions.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **{key: np.concatenate([parts[key] for _, parts in batches]) for key in batches[0][1]})
+        columns: dict[str, Any] = {key: np.concatenate([parts[key] for _, parts in batches]) for key in batches[0][1]}
+        np.savez(path, **columns)
         print(f"{sum(len(parts['b']) for _, parts in batches)} solutions written to {path}")
