@@ -1,0 +1,380 @@
+"""The inner loop that every solver shares: B problems at once, each row with its own progress, its own end.
+
+A solver is told what it sees and answers with where to look next (ask and tell), for all rows in one batch of tensor
+operations. The loop owns everything else: evaluating, remembering the best iterate of each row, deciding when a row is
+finished, dropping finished rows so that they cost nothing, and bringing in waiting ones.
+
+One row at a time (B = 1) is not what this is for: a round costs mostly the dispatch of its operations, which only many
+rows pay back. For a single problem use SciPy.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from amortized.problem import CommonDraws, Context, Problem, is_random, leaves, map_leaves, take, value_and_grad
+
+Trace: TypeAlias = Callable[[int, Tensor], None]
+"""Called after every round with the number of evaluations so far and the best value of each row ``(B,)``."""
+
+
+class Status(enum.IntEnum):
+    """How a row ended."""
+
+    CONVERGED = 0
+    """The residual is at most ``tol``."""
+    LIMIT = 1
+    """Out of steps, or no further progress is possible at this precision; the best iterate is returned."""
+    DIVERGED = 2
+    """A value or a gradient was not finite, and the solver could not step back; the best finite iterate is returned."""
+    RUNNING = 3
+    """Not ended: only inside the loop."""
+
+
+class Solution(NamedTuple):
+    """What a solver found, row by row; all tensors detached, on the problem's device."""
+
+    b: Tensor
+    """The best iterate ``(B, *)``, in the shape and dtype of the start."""
+    value: Tensor
+    """Its objective ``(B,)``."""
+    residual: Tensor
+    """Its gradient norm ``(B,)``, or the residual by which the solver stops, which it documents."""
+    iterations: Tensor
+    """Steps taken ``(B,)``, integer."""
+    evaluations: Tensor
+    """Evaluations of the objective (with its gradient where the solver uses one) ``(B,)``, integer."""
+    status: Tensor
+    """A :class:`Status` for each row ``(B,)``, integer."""
+
+    @property
+    def converged(self) -> Tensor:
+        """Which rows reached the tolerance ``(B,)``."""
+        return self.status == Status.CONVERGED
+
+    @property
+    def diverged(self) -> Tensor:
+        """Which rows met a value that is not finite and stopped there ``(B,)``."""
+        return self.status == Status.DIVERGED
+
+
+class State(Protocol):
+    """What a solver remembers of its rows: a ``NamedTuple`` of tensors with rows along the solver's ``axis``."""
+
+    @property
+    def b(self) -> Tensor:
+        """The point to evaluate next ``(L, n)``."""
+
+    @property
+    def iterations(self) -> Tensor:
+        """Steps taken so far ``(L,)``, integer."""
+
+
+class Rows(NamedTuple):
+    """The rows at work: the best of each, and the solver's own state."""
+
+    b: Tensor
+    value: Tensor
+    residual: Tensor
+    lowest: Tensor
+    iterations: Tensor
+    evaluations: Tensor
+    status: Tensor
+    state: Any
+
+
+def tolerance(tol: float | None, dtype: torch.dtype) -> float:
+    """``tol``, or what the dtype can be asked for: 1e-6 in float64, 1e-4 in float32, 1e-2 below."""
+    if tol is not None:
+        return tol
+    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 1e-2)
+
+
+def check_value(value: Tensor, b: Tensor) -> None:
+    """Raises ``ValueError`` unless an objective returned one number per row."""
+    if value.shape != b.shape[:1]:
+        raise ValueError(
+            f"objective(b, a) returned shape {tuple(value.shape)} for b of shape {tuple(b.shape)}; it must return one "
+            f"value per row, shape ({len(b)},). Sum or average over every dimension but the first."
+        )
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """A detached copy of ``x`` that autograd can work with, also where ``x`` was made under ``inference_mode``."""
+    return x.detach().clone() if x.is_inference() else x.detach()
+
+
+class Solver(nn.Module, abc.ABC):
+    """Improves ``b`` for each context ``a``: ``min_b L(b; a)``, B independent problems at once.
+
+    A module, so that learned step sizes are parameters of the model that refines with it. A subclass writes
+    :meth:`begin` and :meth:`advance`; one that looks only at values and gradients derives from
+    :class:`GradientSolver` and writes less.
+
+    Args:
+        steps: rounds at most; a round is one evaluation of every row (of its population, for solvers that have one).
+        tol: residual at which a row is finished; None chooses by dtype (1e-6 in float64, 1e-4 in float32).
+        lanes: rows at work at a time, the others wait; None lets the solver choose.
+    """
+
+    axis: int = 0
+    """Where the solver keeps rows in its state: 0, or -1 where that is faster (small n)."""
+    sync: int = 4
+    """Rounds between looks at which rows are finished; each look makes the device wait."""
+
+    def __init__(self, steps: int = 1000, tol: float | None = None, lanes: int | None = None) -> None:
+        super().__init__()
+        if steps < 0:
+            raise ValueError(f"steps must not be negative, got {steps}")
+        self.steps, self.tol, self.lanes = steps, tol, lanes
+
+    @abc.abstractmethod
+    def begin(self, problem: Problem, a: Context, b: Tensor) -> Rows:
+        """Rows that start at ``b`` ``(L, *)``, evaluated there."""
+
+    @abc.abstractmethod
+    def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
+        """One round: evaluates every row, with ``b`` in ``shape`` ``(L, *)``, and moves it.
+
+        Rows that are finished keep what they have.
+        """
+
+    def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
+        """Successive iterates ``(B, *)``, on the graph of ``b`` and of the solver's parameters where gradients are on.
+
+        Raises:
+            TypeError: if the solver cannot be differentiated through.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot be differentiated through, so it cannot refine a prediction inside forward; "
+            "use GradientDescent, Adam or LBFGS there."
+        )
+
+    def num_lanes(self, b: Tensor) -> int:
+        """Rows to have at work at a time, of starts ``b`` ``(B, *)``."""
+        return self.lanes or len(b)
+
+    def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
+        """The best ``b`` found for each row, from the start ``b`` ``(B, *)``.
+
+        Never raises because of a row, never returns a row worse than it started (beyond rounding), and no row
+        touches another. B may be 0. Works under ``no_grad`` and ``inference_mode``.
+
+        A random objective is searched with its draws fixed, by a seed drawn once from torch's generator; its rows then
+        keep their places, so finished ones cost as much as others.
+
+        Args:
+            problem: anything with ``objective(b, a) -> (B,)``.
+            a: contexts, B rows.
+            b: where to start ``(B, *)``, floating point.
+            trace: called after each round with the evaluations so far and the best values ``(B,)``; rows then keep
+                their places.
+
+        Raises:
+            ValueError: if the objective does not return one value per row, or contexts and starts differ in number.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            a, b = map_leaves(ordinary, a), ordinary(b)
+            for leaf in leaves(a):
+                if len(leaf) != len(b):
+                    raise ValueError(
+                        f"got {len(b)} starts and contexts with {len(leaf)} rows; give one start to each context"
+                    )
+            if not len(b):
+                return _empty(b)
+            random = is_random(problem, b[:1], take(a, slice(0, 1)))
+            if random:
+                problem = CommonDraws(problem, int(torch.randint(2**62, ()).item()))
+            if random or trace is not None:
+                return self._solve_in_place(problem, a, b, trace)
+            return self._solve(problem, a, b)
+
+    def _solve_in_place(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+        rows, rounds = self.begin(problem, a, b), 0
+        while rounds % self.sync or bool((rows.status == Status.RUNNING).any()):
+            rows, rounds = self.advance(problem, a, rows, b.shape), rounds + 1
+            if trace is not None:
+                trace(int(rows.evaluations.max()), rows.value)
+        everything = torch.arange(len(b), device=b.device)
+        found = _empty(b, len(b))
+        self._store(found, everything, rows, everything)
+        return found
+
+    def _solve(self, problem: Problem, a: Context, b: Tensor) -> Solution:
+        size, width = len(b), self.num_lanes(b)
+        found = _empty(b, size)
+        place = torch.arange(min(width, size), device=b.device)
+        begun = len(place)
+        here = take(a, slice(0, begun)) if begun < size else a
+        rows = self.begin(problem, here, b[:begun])
+        while len(place):
+            running = rows.status == Status.RUNNING
+            left = int(running.sum())
+            # Moving the running rows together copies their state, so it waits until it frees enough of them.
+            if left <= len(place) * (0.75 if begun < size else 0.5):
+                ended, index = (~running).nonzero()[:, 0], running.nonzero()[:, 0]
+                self._store(found, place[ended], rows, ended)
+                rows, here, place = self._keep(rows, index), take(here, index), place[index]
+                if begun < size:
+                    new = slice(begun, min(begun + width - left, size))
+                    more = take(a, new)
+                    rows = _cat(rows, self.begin(problem, more, b[new]), self.axis)
+                    here, begun = _cat(here, more, 0), new.stop
+                    place = torch.cat([place, torch.arange(new.start, new.stop, device=b.device)])
+                    continue
+            for _ in range(self.sync if len(place) else 0):
+                rows = self.advance(problem, here, rows, torch.Size((len(place), *b.shape[1:])))
+        return found
+
+    def _keep(self, rows: Rows, index: Tensor) -> Rows:
+        kept: Rows = map_leaves(lambda x: x.index_select(self.axis, index), rows)
+        return kept
+
+    def _store(self, found: Solution, place: Tensor, rows: Rows, index: Tensor) -> None:
+        *values, _ = rows
+        b, value, residual, _, iterations, evaluations, status = (x.index_select(self.axis, index) for x in values)
+        b = b if self.axis == 0 else b.movedim(-1, 0)
+        answers = (b.reshape(len(place), *found.b.shape[1:]), value, residual, iterations, evaluations, status)
+        for into, answer in zip(found, answers, strict=True):
+            into[place] = answer.to(into.dtype)
+
+
+def _cat(x: Any, y: Any, axis: int) -> Any:
+    """Two contexts or states of the same structure, one after the other."""
+    if isinstance(x, Tensor):
+        return torch.cat([x, y], axis)
+    return type(x)(*(_cat(p, q, axis) for p, q in zip(x, y, strict=True)))
+
+
+def _empty(b: Tensor, size: int = 0) -> Solution:
+    value, count = b.new_empty(size), torch.empty(size, dtype=torch.int64, device=b.device)
+    return Solution(b.new_empty((size, *b.shape[1:])), value, value.clone(), count, count.clone(), count.clone())
+
+
+class GradientSolver(Solver):
+    """A solver that looks at values and gradients: a subclass writes :meth:`init` and :meth:`step`, on rows ``(L, n)``.
+
+    Args:
+        steps: evaluations of each row after the first, at most; in :meth:`iterates`, the number of iterates.
+        tol: gradient norm at which a row is finished; None chooses by dtype.
+        unroll: in :meth:`iterates`, the number of last steps in which the gradient's own dependence on ``b`` is
+            followed. None follows all; 0 none: first-order, as in first-order MAML; no second derivatives needed.
+        lanes: rows at work at a time; None lets the solver choose.
+    """
+
+    recovers: bool = False
+    """Whether the solver itself steps back from a value that is not finite. Otherwise such a row has diverged."""
+
+    def __init__(
+        self, steps: int = 1000, tol: float | None = None, unroll: int | None = None, lanes: int | None = None
+    ) -> None:
+        super().__init__(steps, tol, lanes)
+        self.unroll = unroll
+
+    @abc.abstractmethod
+    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> State:
+        """The state after the first evaluation; ``state.b`` is where to look next. No operation in place."""
+
+    @abc.abstractmethod
+    def step(self, state: Any, value: Tensor, grad: Tensor) -> State:
+        """The state after ``value`` ``(L,)`` and ``grad`` ``(L, n)`` at ``state.b``; rows independent of each other."""
+
+    def stalled(self, state: Any) -> Tensor | None:
+        """Which rows can make no more progress ``(L,)``, if the solver can tell."""
+        return None
+
+    def _flat(self, b: Tensor) -> Tensor:
+        """``(L, *)`` in the layout of the state: ``(L, n)``, or ``(n, L)`` where rows are last."""
+        flat = b.reshape(len(b), -1)
+        return flat if self.axis == 0 else flat.t().contiguous()
+
+    def _shaped(self, b: Tensor, shape: torch.Size) -> Tensor:
+        return (b if self.axis == 0 else b.t()).reshape(shape)
+
+    def _norm(self, grad: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(grad, dim=0 if self.axis else 1)
+
+    def begin(self, problem: Problem, a: Context, b: Tensor) -> Rows:
+        """Rows that start at ``b`` ``(L, *)``, evaluated there."""
+        value, grad = value_and_grad(problem, b, a)
+        check_value(value, b)
+        at, grad = self._flat(b), self._flat(grad)
+        residual = self._norm(grad)
+        end = torch.where(
+            residual <= tolerance(self.tol, b.dtype),
+            int(Status.CONVERGED),
+            int(Status.RUNNING if self.steps else Status.LIMIT),
+        )
+        status = torch.where(value.isfinite() & residual.isfinite(), end, int(Status.DIVERGED)).to(torch.int32)
+        none = torch.zeros_like(status)
+        return Rows(at, value, residual, value, none, none + 1, status, self.init(at, value, grad))
+
+    def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
+        """One round: value and gradient of every row where its state asks for them, and what follows from that."""
+        value, grad = value_and_grad(problem, self._shaped(rows.state.b, shape), a)
+        return self.tell(rows, value, self._flat(grad))
+
+    def tell(self, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
+        """What one evaluation means for each row: its best so far, its status, and its next point."""
+        residual = self._norm(grad)
+        running = rows.status == int(Status.RUNNING)
+        finite = value.isfinite() & residual.isfinite()
+        # Values within rounding of the lowest cannot be told apart: the smaller gradient decides, and one below the
+        # tolerance may sit a little higher (gradients stay accurate where values have drowned in rounding).
+        eps = torch.finfo(value.dtype).eps
+        done = residual <= tolerance(self.tol, value.dtype)
+        rounding = torch.where(done, eps ** (2 / 3), 32 * eps) * rows.lowest.abs()
+        as_low = (value <= rows.lowest + rounding) & (residual < rows.residual)
+        better = running & finite & ((value < rows.lowest - rounding) | as_low)
+        at = better.unsqueeze(1 if self.axis == 0 else 0)
+        state = self.step(rows.state, value, grad)
+        evaluations = rows.evaluations + running
+        status = torch.where(evaluations > self.steps, int(Status.LIMIT), int(Status.RUNNING))
+        stalled = self.stalled(state)
+        if stalled is not None:
+            status = torch.where(stalled, int(Status.LIMIT), status)
+        if not self.recovers:
+            status = torch.where(finite, status, int(Status.DIVERGED))
+        status = torch.where(better & done, int(Status.CONVERGED), status)
+        return Rows(
+            b=torch.where(at, rows.state.b, rows.b),
+            value=torch.where(better, value, rows.value),
+            residual=torch.where(better, residual, rows.residual),
+            lowest=torch.where(better, torch.minimum(value, rows.lowest), rows.lowest),
+            iterations=torch.where(running, state.iterations, rows.iterations),
+            evaluations=evaluations,
+            status=torch.where(running, status, rows.status).to(torch.int32),
+            state=state,
+        )
+
+    def visited(self, state: Any) -> Tensor:
+        """The iterate to hand out ``(L, n)``: the next point, or the last accepted one where points are only trials."""
+        return state.b
+
+    def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
+        """The ``steps`` points visited after ``b``, each ``(B, *)``; nothing is stopped early, no row is dropped.
+
+        Where gradients are on, they are on the graph of ``b``, of the objective's and of the solver's parameters, and
+        can be differentiated through (``unroll`` says how far). Where they are off, no graph is built.
+        """
+        graph, shape = torch.is_grad_enabled(), b.shape
+        state: Any = None
+        for k in range(self.steps):
+            # Not around the yield: between iterates the caller's own modes hold.
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
+                if not graph and state is None:
+                    a, b = map_leaves(ordinary, a), ordinary(b)
+                follow = graph and (self.unroll is None or k >= self.steps - self.unroll)
+                at = self._flat(b) if state is None else state.b
+                value, grad = value_and_grad(problem, self._shaped(at, shape), a, create_graph=follow)
+                check_value(value, b)
+                value, grad = value if follow else value.detach(), self._flat(grad)
+                state = self.init(at, value, grad) if state is None else self.step(state, value, grad)
+                point = self._shaped(self.visited(state), shape)
+            yield point

@@ -1,0 +1,297 @@
+"""Solvers × problems × known minima, and what every solver promises about rows."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from amortized.solvers import LBFGS, Adam, GradientDescent, Solver, Status
+
+
+class Curvature(NamedTuple):
+    scale: Tensor
+    at: Tensor
+
+
+class Bowl:
+    """½ Σ scale (b − at)², minimum 0 at ``at``."""
+
+    def objective(self, b: Tensor, a: Curvature) -> Tensor:
+        return (0.5 * a.scale * (b - a.at) ** 2).flatten(1).sum(1)
+
+
+class Rosenbrock:
+    """(a − x)² + 10 (y − x²)², minimum 0 at (a, a²)."""
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        return (a[:, 0] - b[:, 0]) ** 2 + 10 * (b[:, 1] - b[:, 0] ** 2) ** 2
+
+
+class Noisy:
+    """Mean of ½ (b − a − z)² over 4 draws of z."""
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        z = torch.randn(4, *b.shape, dtype=b.dtype, device=b.device)
+        return (0.5 * (b - a - z) ** 2).sum(2).mean(0)
+
+
+class Broken:
+    """½ (b − 1)², but NaN beyond |b| = ``a``."""
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        value = (0.5 * (b - 1) ** 2).sum(1)
+        return torch.where(b.abs().amax(1) > a[:, 0], torch.nan, value)
+
+
+def bowls(size: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Curvature, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    scale = 0.2 + torch.rand(size, 3, 2, generator=g, dtype=torch.float64)
+    a = Curvature(scale, torch.randn(size, 3, 2, generator=g, dtype=torch.float64))
+    return Curvature(*(leaf.to(dtype) for leaf in a)), torch.zeros(size, 3, 2, dtype=dtype)
+
+
+def valleys(size: int = 40) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    a = 0.5 + torch.rand(size, 1, generator=g, dtype=torch.float64)
+    return a, torch.randn(size, 2, generator=g, dtype=torch.float64)
+
+
+SOLVERS = {
+    "gradient descent": lambda: GradientDescent(steps=3000, lr=0.5),
+    "momentum": lambda: GradientDescent(steps=3000, lr=0.3, momentum=0.8),
+    "learned steps": lambda: GradientDescent(steps=3000, lr=0.5, learn_lr=True, per_step=True),
+    "adam": lambda: Adam(steps=3000),
+    "lbfgs": lambda: LBFGS(),
+    "lbfgs in lanes": lambda: LBFGS(memory=3, lanes=4),
+}
+each_solver = pytest.mark.parametrize("solver", [make() for make in SOLVERS.values()], ids=list(SOLVERS))
+
+
+@each_solver
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_bowl(solver: Solver, dtype: torch.dtype) -> None:
+    a, b = bowls(dtype=dtype)
+    found = solver.solve(Bowl(), a, b)
+    assert found.converged.all()
+    assert found.b.shape == b.shape
+    assert found.b.dtype == dtype
+    tol = 1e-6 if dtype == torch.float64 else 1e-4
+    assert (found.residual <= tol).all()
+    torch.testing.assert_close(found.b, a.at, atol=5 * tol, rtol=0)  # ‖b − at‖ ≤ ‖g‖ / 0.2
+    assert (found.value <= tol**2 / 0.4).all()
+    torch.testing.assert_close(found.value, Bowl().objective(found.b, a))
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), LBFGS(memory=2), LBFGS(lanes=7)], ids=["lbfgs", "memory 2", "lanes 7"])
+def test_rosenbrock(solver: Solver) -> None:
+    a, b = valleys()
+    found = solver.solve(Rosenbrock(), a, b)
+    assert found.converged.all()
+    torch.testing.assert_close(found.b, torch.cat([a, a**2], 1), atol=1e-4, rtol=0)
+
+
+def test_adam_comes_close_on_rosenbrock() -> None:
+    a, b = valleys()
+    found = Adam(steps=3000).solve(Rosenbrock(), a, b)
+    assert (found.value < 0.5 * Rosenbrock().objective(b, a)).all()
+    assert found.value.median() < 1e-9
+
+
+@each_solver
+def test_rows_are_independent_of_order_and_company(solver: Solver) -> None:
+    a, b = bowls()
+    found = solver.solve(Bowl(), a, b)
+    order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
+    permuted = solver.solve(Bowl(), Curvature(*(leaf[order] for leaf in a)), b[order])
+    torch.testing.assert_close(permuted.b, found.b[order], atol=1e-6, rtol=0)
+    parts = [solver.solve(Bowl(), Curvature(*(leaf[part] for leaf in a)), b[part]) for part in (slice(3), slice(3, 7))]
+    torch.testing.assert_close(torch.cat([part.b for part in parts]), found.b, atol=1e-6, rtol=0)
+    again = solver.solve(Bowl(), a, b)
+    assert all(torch.equal(p, q) for p, q in zip(again, found, strict=True))
+
+
+@each_solver
+def test_a_row_that_breaks_leaves_the_others_alone(solver: Solver) -> None:
+    a, b = bowls()
+    clean = solver.solve(Bowl(), a, b)
+    a.at[2], a.scale[4], b[5] = math.nan, math.inf, math.inf
+    found = solver.solve(Bowl(), a, b)
+    assert found.diverged.tolist() == [False, False, True, False, True, True, False]
+    fine = [0, 1, 3, 6]
+    torch.testing.assert_close(found.b[fine], clean.b[fine], atol=1e-6, rtol=0)
+    assert found.converged[fine].all()
+    assert torch.equal(found.b[[2, 4, 5]], b[[2, 4, 5]])
+
+
+@each_solver
+def test_the_best_finite_iterate_comes_back(solver: Solver) -> None:
+    a, b = torch.tensor([[0.5], [10.0]], dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    found = solver.solve(Broken(), a, b)
+    assert found.status[0] != Status.CONVERGED
+    assert found.status[1] == Status.CONVERGED
+    assert found.value[0].isfinite()
+    assert found.value[0] <= 0.5
+    assert found.b.abs()[0, 0] <= 0.5
+
+
+@each_solver
+def test_never_worsens(solver: Solver) -> None:
+    a, b = valleys(200)
+    b = 4 * b
+    start = Rosenbrock().objective(b, a)
+    found = solver.solve(Rosenbrock(), a, b)
+    assert (found.value <= start * (1 + 1e-12)).all()
+    torch.testing.assert_close(found.value, Rosenbrock().objective(found.b, a))
+
+
+@each_solver
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(solver: Solver, mode: type) -> None:
+    expected = solver.solve(Bowl(), *bowls())
+    with mode():
+        a, b = bowls()
+        found = solver.solve(Bowl(), a, b)
+        assert not torch.is_grad_enabled()
+        refined = list(type(solver)(steps=3).iterates(Bowl(), a, b))
+    assert torch.equal(found.b, expected.b)
+    assert not any(leaf.requires_grad or leaf.is_inference() for leaf in found)
+    assert len(refined) == 3
+    assert not any(b.requires_grad for b in refined)
+
+
+@each_solver
+def test_empty_batch(solver: Solver) -> None:
+    a, b = bowls(0)
+    found = solver.solve(Bowl(), a, b)
+    assert found.b.shape == (0, 3, 2)
+    assert found.status.shape == found.converged.shape == (0,)
+
+
+@each_solver
+def test_a_random_objective_is_searched_with_its_draws_fixed(solver: Solver) -> None:
+    a, b = torch.arange(12.0, dtype=torch.float64).reshape(4, 3), torch.zeros(4, 3, dtype=torch.float64)
+    torch.manual_seed(0)
+    found = solver.solve(Noisy(), a, b)
+    assert found.converged.all()
+    after = torch.rand(())
+    torch.manual_seed(0)
+    assert torch.equal(solver.solve(Noisy(), a, b).b, found.b)
+    assert torch.equal(torch.rand(()), after)
+    torch.manual_seed(1)
+    assert not torch.allclose(solver.solve(Noisy(), a, b).b, found.b)
+
+
+def test_trace_counts_evaluations_and_only_improves() -> None:
+    a, b = valleys()
+    seen: list[tuple[int, Tensor]] = []
+    found = LBFGS().solve(Rosenbrock(), a, b, trace=lambda count, best: seen.append((count, best)))
+    counts = [count for count, _ in seen]
+    assert counts == sorted(counts)
+    assert counts[-1] == found.evaluations.max()
+    values = torch.stack([best for _, best in seen])
+    assert values.shape[1:] == (40,)
+    assert (values[1:] <= values[:-1] + 1e-15).all()
+    assert torch.equal(values[-1], found.value)
+
+
+def test_rows_stop_on_their_own() -> None:
+    a, b = valleys()
+    b[:20] = torch.cat([a, a**2], 1)[:20]
+    found = LBFGS().solve(Rosenbrock(), a, b)
+    assert (found.evaluations[:20] == 1).all()
+    assert (found.iterations[:20] == 0).all()
+    assert (found.evaluations[20:] > 5).all()
+    limited = LBFGS(steps=5).solve(Rosenbrock(), a, b)
+    assert limited.evaluations.max() == 6
+    assert (limited.status[20:] == Status.LIMIT).all()
+
+
+def test_lanes_leave_the_answer_as_it_is() -> None:
+    a, b = valleys()
+    wide, narrow = LBFGS().solve(Rosenbrock(), a, b), LBFGS(lanes=3).solve(Rosenbrock(), a, b)
+    torch.testing.assert_close(narrow.b, wide.b, atol=1e-6, rtol=0)
+    assert narrow.converged.all()
+
+
+@pytest.mark.parametrize(
+    ("bad", "shape"),
+    [(lambda b, a: b.sum(), r"\(\)"), (lambda b, a: b.flatten(1).sum(1, keepdim=True), r"\(7, 1\)")],
+    ids=["scalar", "column"],
+)
+def test_objective_of_the_wrong_shape(bad: object, shape: str) -> None:
+    problem = type("Bad", (), {"objective": staticmethod(bad)})()
+    with pytest.raises(ValueError, match=f"returned shape {shape}.*one value per row, shape .7,."):
+        LBFGS().solve(problem, *bowls())
+
+
+def test_contexts_and_starts_must_match() -> None:
+    a, b = bowls()
+    with pytest.raises(ValueError, match="7 starts and contexts with 6 rows"):
+        LBFGS().solve(Bowl(), Curvature(a.scale[:6], a.at), b)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"lr": 0.0}, {"momentum": 1.0}, {"per_step": True}, {"steps": -1}], ids=lambda a: next(iter(a))
+)
+def test_arguments_out_of_range(arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        GradientDescent(**arguments)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [GradientDescent(steps=3, learn_lr=True, momentum=0.5), Adam(steps=3, learn_lr=True)],
+    ids=["gradient descent", "adam"],
+)
+def test_unrolled_steps_have_the_right_gradients(solver: Solver) -> None:
+    a, b = valleys(3)
+    a.requires_grad_()
+    b.requires_grad_()
+    solver = solver.double()
+
+    def refined(a: Tensor, b: Tensor, log_lr: Tensor) -> Tensor:
+        solver.log_lr.data.copy_(log_lr.data)
+        del solver._parameters["log_lr"]
+        solver._parameters["log_lr"] = log_lr
+        return torch.stack(list(solver.iterates(Rosenbrock(), a, b)))
+
+    log_lr = torch.full(solver.log_lr.shape, -5.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(refined, (a, b, log_lr))
+
+
+def test_first_order_gradients_take_the_inner_gradient_as_constant() -> None:
+    a, b = valleys(3)
+    b.requires_grad_()
+    *_, last = GradientDescent(steps=4, lr=0.01, unroll=0).iterates(Rosenbrock(), a, b)
+    (grad,) = torch.autograd.grad(last.sum(), b)
+    assert torch.equal(grad, torch.ones_like(b))
+    *_, last = GradientDescent(steps=4, lr=0.01, unroll=1).iterates(Rosenbrock(), a, b)
+    (one,) = torch.autograd.grad(last.sum(), b)
+    *_, near = GradientDescent(steps=3, lr=0.01).iterates(Rosenbrock(), a, b.detach())
+    near = near.detach().requires_grad_()
+    (step,) = GradientDescent(steps=1, lr=0.01).iterates(Rosenbrock(), a, near)
+    (expected,) = torch.autograd.grad(step.sum(), near)
+    torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.parametrize("solver", [GradientDescent(steps=6, lr=0.5), Adam(steps=6), LBFGS(steps=6)])
+def test_refining_helps_and_reaches_the_start(solver: Solver) -> None:
+    a, b = bowls()
+    b.requires_grad_()
+    seen = list(solver.iterates(Bowl(), a, b))
+    assert len(seen) == 6
+    assert (Bowl().objective(seen[-1], a) < Bowl().objective(b, a)).all()
+    (grad,) = torch.autograd.grad(Bowl().objective(seen[-1], a).sum(), b)
+    assert grad.isfinite().all()
+    assert (grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_a_learned_step_size_gets_a_gradient_for_each_step() -> None:
+    a, b = bowls()
+    solver = GradientDescent(steps=4, learn_lr=True, per_step=True)
+    *_, last = solver.iterates(Bowl(), a, b)
+    Bowl().objective(last, a).sum().backward()
+    assert solver.log_lr.grad.shape == (4,)
+    assert (solver.log_lr.grad != 0).all()
