@@ -81,9 +81,9 @@ def _load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is refused: it holds more than tensors and plain values, and loading it could run code") from error
     except Exception as error:
         raise CheckpointError(f"{path} is no readable checkpoint (truncated?): {str(error).splitlines()[0] or type(error).__name__}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} is no checkpoint of a module: it has no state_dict")
-    for name, weight in checkpoint["state_dict"].items():
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
+    for name, weight in checkpoint.get("state_dict", checkpoint).items():
         if isinstance(weight, Tensor) and weight.is_floating_point() and not torch.isfinite(weight).all():
             raise CheckpointError(f"{path} is refused: {name} holds NaN or infinite weights")
     return checkpoint

@@ -122,8 +122,8 @@ class ContextDataModule(LightningDataModule):
         if split == "train":
             a = _rows(contexts, self._shuffled(number, _size(contexts)), device)
             return self.augment(a, self._generator(split, number, device))
-        start = number * self.eval_batch_size
-        return _rows(contexts, torch.arange(start, min(start + self.eval_batch_size, _size(contexts))), device)
+        every = torch.arange(_size(contexts))
+        return _rows(contexts, every[number * self.eval_batch_size :][: self.eval_batch_size], device)
 
     def num_batches(self, split: str) -> int:
         """How many batches a finite split has for evaluation."""
@@ -175,7 +175,8 @@ class ContextDataModule(LightningDataModule):
                 )
             batches = _Batches(self, split, self.position // together * world + rank, None, world)
         else:
-            batches = _Batches(self, split, rank, self.num_batches(split), world)
+            # A process with nothing to do gets one batch without rows: it must still meet the others at the end.
+            batches = _Batches(self, split, rank, max(self.num_batches(split), rank + 1), world)
         if not self.num_workers:
             return batches
         return DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
@@ -245,8 +246,8 @@ def _size(contexts: Context | Dataset) -> int:
 
 def _rows(contexts: Context | Dataset, index: Tensor, device: torch.device | str) -> Context:
     if isinstance(contexts, Dataset):
-        a = default_collate([contexts[i] for i in index.tolist()])
-        return map_leaves(lambda leaf: leaf.to(device), a)
+        a = default_collate([contexts[i] for i in index.tolist() or [0]])
+        return map_leaves(lambda leaf: leaf[: len(index)].to(device), a)
     return take(contexts, index.to(device))
 
 

@@ -217,7 +217,13 @@ class AmortizedModule(LightningModule, abc.ABC):
                 f"the network must predict solutions like initial(a), of shape {tuple(start.shape)}; it gives {tuple(b.shape)} "
                 f"for contexts of shape {_shapes(seen)}: change the network's output features"
             )
-        check_objective(self, b, a)
+        try:
+            check_objective(self, b, a)
+        except (RuntimeError, AttributeError) as error:
+            raise ProblemError(
+                f"{type(self).__name__}.objective fails on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
 
 def _shapes(a: Context) -> Any:

@@ -120,16 +120,17 @@ class BudgetMonitor(Callback):
     Args:
         rivals: solvers by name; ``None``: L-BFGS and Adam at lr 0.003, 0.01, 0.03, 0.1, 0.3.
         contexts: at most so many contexts, in one batch on both sides.
+        enabled: whether to measure at all.
     """
 
-    def __init__(self, rivals: dict[str, Solver] | None = None, contexts: int = 256) -> None:
+    def __init__(self, rivals: dict[str, Solver] | None = None, contexts: int = 256, enabled: bool = True) -> None:
         self.rivals = rivals if rivals is not None else default_rivals()
-        self.contexts = contexts
+        self.contexts, self.enabled = contexts, enabled
         self.budget: Budget | None = None
 
     def on_test_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx == 0 and trainer.is_global_zero and isinstance(pl_module, AmortizedModule):
+        if self.enabled and batch_idx == 0 and trainer.is_global_zero and isinstance(pl_module, AmortizedModule):
             a = take(batch, slice(0, min(self.contexts, num_rows(batch))))
             self.budget = measure_budget(pl_module, a, self.rivals)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,13 @@ class Checkpoint(callbacks.Checkpoint):
             return path
         self.saved.append(path.name)
         old, self.saved = self.saved[: -self.keep], self.saved[-self.keep :]
+        # The metrics up to here must be on disk before a checkpoint says that they are; those of a training batch are
+        # logged after its hooks, which is too late.
+        if trainer.training and trainer._logger_connector._first_loop_iter is not None:
+            trainer._logger_connector.update_train_step_metrics()
         for logger in trainer.loggers:
-            logger.save()  # the metrics up to here must be on disk before a checkpoint says that they are
-        trainer.save_checkpoint(path)
+            logger.save()
+        trainer.save_checkpoint(path, weights_only=False)
         for name in old:
             trainer.strategy.remove_checkpoint(self.directory / name)
         return path
@@ -65,7 +70,7 @@ class Checkpoint(callbacks.Checkpoint):
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         if value is not None and float(value) < self.best:
             self.best = float(value)
-            trainer.save_checkpoint(self.directory / "best.ckpt")
+            trainer.save_checkpoint(self.directory / "best.ckpt", weights_only=False)
         if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
@@ -85,6 +90,18 @@ def validates_now(trainer: Trainer, batch_idx: int) -> bool:
     return trainer.enable_validation and isinstance(every, int) and (batch_idx + 1) % every == 0
 
 
+def validate(trainer: Trainer) -> None:
+    """Make up for the validation that was due when the run stopped, as the training loop would have done it."""
+    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    loop.restarting = False
+    loop.reset_restart_stage()
+    first = connector._first_loop_iter
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first
+
+
 class Interrupted(SystemExit):
     """The run was told to stop by a signal; the exit status is 128 + the signal's number."""
 
@@ -101,20 +118,32 @@ def raise_interrupted(signum: int, frame: Any) -> None:
 class Interrupt(callbacks.Callback):
     """TERM or Ctrl-C during training: finish the step, agree on it over all processes, save one checkpoint, stop.
 
-    During a validation it stops at once, and the resumed run continues from the checkpoint's training step. A second
-    Ctrl-C stops at once without a checkpoint.
+    During a validation it stops at once; the resumed run begins with that validation. Told again after a second, it
+    stops at once without a checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.signum = 0
+        self._told = 0.0
+        self._validate = False
         self._handlers: dict[int, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"validate": self._validate}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self._validate = state_dict["validate"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self.signum = 0
+        if self._validate:
+            self._validate = False
+            validate(trainer)
 
         def handle(signum: int, frame: Any) -> None:
-            again, self.signum = self.signum, signum
+            again = self.signum and time.monotonic() - self._told > 1  # a signal to the group can arrive twice at once
+            self.signum, self._told = signum, self._told if self.signum else time.monotonic()
             if again or (trainer.validating and trainer.world_size == 1):
                 raise Interrupted(signum)
 
@@ -129,17 +158,19 @@ class Interrupt(callbacks.Callback):
             told = torch.tensor(self.signum, device=pl_module.device)
             self.signum = int(trainer.strategy.reduce(told, reduce_op="max"))
         if self.signum:
-            path = self.checkpoint.save(trainer)
-            if trainer.is_global_zero:
-                print(f"\nstopped by {signal.Signals(self.signum).name} after step {trainer.global_step}; continue with --ckpt_path {path}")
+            self._save(trainer, self.signum, validate=validates_now(trainer, batch_idx))
             raise Interrupted(self.signum)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: D102
         self._restore()
         if isinstance(exception, Interrupted) and trainer.validating and trainer.state.fn == "fit":
-            path = self.checkpoint.save(trainer)
-            print(f"\nstopped by {signal.Signals(exception.signum).name} in the validation of step {trainer.global_step}; "
-                  f"continue with --ckpt_path {path}")
+            self._save(trainer, exception.signum, validate=True)
+
+    def _save(self, trainer: Trainer, signum: int, validate: bool) -> None:
+        self._validate = validate
+        path = self.checkpoint.save(trainer)
+        if trainer.is_global_zero:
+            print(f"\nstopped by {signal.Signals(signum).name} at step {trainer.global_step}; continue with --ckpt_path {path}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._restore()

@@ -1,0 +1,329 @@
+"""``amortized fit|validate|test|predict -c RECIPE``: one LightningCLI.
+
+A recipe is a YAML file; a bare name (``-c vae_digits``) is a packaged one. Every setting can be changed on the command
+line (``--trainer.max_steps 100``). Each run has a folder of its own, ``runs/RECIPE/TIME``, with its config, metrics,
+pictures, checkpoints and results.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch.multiprocessing import ProcessExitedException
+
+import amortized.networks
+import amortized.problems
+import amortized.solvers  # noqa: F401  (imported so that recipes can use short class names)
+from amortized import checkpoint
+from amortized.callbacks import BudgetMonitor, Checkpoint, GapMonitor, Interrupt, Report
+from amortized.callbacks.checkpoint import raise_interrupted
+from amortized.callbacks.predictions import PredictionWriter
+from amortized.contexts import ContextDataModule
+from amortized.loggers import MetricsLogger, log_checkpoint, wandb_logger
+from amortized.module import AmortizedModule
+from amortized.problem import ProblemError
+
+COMMANDS = ("fit", "validate", "test", "predict")
+RUN = "AMORTIZED_RUN_FOLDER"
+"""Environment variable by which processes that a run launches find its folder."""
+
+
+class UsageError(ValueError):
+    """The command line asks for something impossible."""
+
+
+def recipe_folder() -> Path:
+    """Where the packaged recipes are: in the installed package, or beside it in a clone."""
+    here = Path(__file__).parent
+    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+
+
+def recipes() -> dict[str, Path]:
+    """The packaged recipes by name."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def resolve_recipe(name: str) -> str:
+    """The path of a recipe: a file, or the name of a packaged one.
+
+    Raises:
+        UsageError: if it is neither; with the closest names.
+    """
+    if Path(name).is_file():
+        return name
+    known = recipes()
+    if name.removesuffix(".yaml") in known:
+        return str(known[name.removesuffix(".yaml")])
+    close = difflib.get_close_matches(Path(name).stem, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise UsageError(f"no recipe {name!r}: {hint}There are {', '.join(known)}, or give the path of a YAML file")
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line, with the names that come close."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: D102
+        raise UsageError(_cause(message))
+
+
+def _cause(message: str) -> str:
+    """The line of jsonargparse's report that names the fault, with suggestions for a misspelt class or option."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    unknown = re.search(r"(?:class_path|import path) ['\"]?([\w.]+)['\"]?|not a (?:valid )?subclass.*?['\"]([\w.]+)['\"]", message)
+    name = next((group for group in unknown.groups() if group), "") if unknown else ""
+    first = next((line for line in lines if re.search(r"Problem with|does not|No such|not |Expected|Parser key", line)), lines[0] if lines else message)
+    deepest = next((line.lstrip("- ") for line in reversed(lines) if not line.startswith(("Given value", "Discard"))), first)
+    text = first if deepest in first else f"{first} {deepest}"
+    if name:
+        known = [c.__name__ for base in _bases() for c in _subclasses(base)]
+        close = difflib.get_close_matches(name.split(".")[-1], known, n=3, cutoff=0.5)
+        if close and name.split(".")[-1] not in known:
+            text += f" (did you mean {' or '.join(dict.fromkeys(close))}?)"
+    return text
+
+
+def _bases() -> tuple[type, ...]:
+    from amortized.losses import Loss
+    from amortized.solvers import Solver
+
+    return AmortizedModule, ContextDataModule, Solver, Loss, torch.nn.Module
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [c for child in cls.__subclasses__() for c in (child, *_subclasses(child)) if c.__module__.startswith("amortized")]
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder and the recipe into every checkpoint; replaces no earlier one."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:  # noqa: D102
+        if not self.already_saved and trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            text = self.parser.dump(self.config, skip_none=False)
+            path = folder / "config.yaml"
+            for number in range(2, 10_000):
+                if not path.exists() or path.read_text() == text:
+                    break
+                path = folder / f"config-{number}.yaml"
+            path.write_text(text)
+        self.already_saved = True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint_: dict[str, Any]) -> None:  # noqa: D102
+        checkpoint_[checkpoint.RECIPE] = recipe_of(self.parser, self.config)
+
+
+def recipe_of(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """The settings that a checkpoint depends on: model, data, seed, and how the trainer updates."""
+    everything = yaml.safe_load(parser.dump(config, skip_none=False))
+    trainer = {key: everything["trainer"].get(key) for key in ("accumulate_grad_batches", "gradient_clip_val", "precision")}
+    return {"seed_everything": everything["seed_everything"], "model": everything["model"], "data": everything["data"], "trainer": trainer}
+
+
+class AmortizedCLI(LightningCLI):
+    """The command line; see the module's docstring."""
+
+    recipe = "run"
+    resume_step = 0
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            AmortizedModule,
+            ContextDataModule,
+            save_config_callback=SaveRecipe,
+            trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0, "enable_model_summary": False},
+            seed_everything_default=0,
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:  # noqa: D102
+        given = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
+        for at, word in enumerate(given):
+            if word in ("-c", "--config") and at + 1 < len(given):
+                given[at + 1] = resolve_recipe(given[at + 1])
+                self.recipe = Path(given[at + 1]).stem
+            elif word.startswith("--config="):
+                given[at] = f"--config={resolve_recipe(word.removeprefix('--config='))}"
+                self.recipe = Path(given[at]).stem
+        self.config = parser.parse_args(given)
+        settings = self.config[self.config.subcommand]
+        if self.recipe.startswith("config") and settings.get("recipe"):
+            self.recipe = settings["recipe"]
+        settings["recipe"] = self.recipe
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:  # noqa: D102
+        parser.add_lightning_class_args(GapMonitor, "gap")
+        parser.add_lightning_class_args(BudgetMonitor, "budget")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_argument("--recipe", type=str | None, default=None, help="Name of the recipe; set by -c.")
+        parser.add_argument("--run_folder", type=str | None, default=None, help="The run's folder; default runs/RECIPE/TIME.")
+        parser.add_argument("--wandb", type=Literal["off", "offline", "online"], default="off", help="Log to Weights & Biases.")
+        parser.add_argument("--wandb_artifact", type=bool, default=False, help="Log the last checkpoint there as an artifact.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Find, read and check the checkpoint before anything is built (Lightning would let it override the settings)."""
+        command = self.config.subcommand
+        settings = self.config[command]
+        if not settings.get("ckpt_path"):
+            return
+        path = self._find_checkpoint(settings["ckpt_path"])
+        loaded = checkpoint.load(path)
+        settings["ckpt_path"] = str(path)
+        given, saved = recipe_of(self._parser(command), settings), loaded.get(checkpoint.RECIPE)
+        if saved is None:
+            raise checkpoint.CheckpointError(f"{path} does not say which recipe it is of: it was not written by this command line")
+        classes = [recipe["model"]["class_path"].split(".")[-1] for recipe in (saved, given)]
+        if classes[0] != classes[1]:
+            raise checkpoint.CheckpointError(f"{path} is of another recipe: it holds a {classes[0]}, the recipe asks for a {classes[1]}")
+        if command != "fit":
+            saved, given = ({"model": _evaluated(recipe["model"])} for recipe in (saved, given))
+        differences = checkpoint.compare_recipes(saved, given)
+        if differences:
+            more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+            config = path.parent.parent / "config.yaml"
+            how = f"give the settings it was trained with: -c {config}" if config.is_file() else "give the settings it was trained with"
+            raise checkpoint.CheckpointError(f"{path} was trained with other settings: {differences[0]}{more}; {how}")
+        self.resume_step = loaded["global_step"]
+
+    def _find_checkpoint(self, given: str) -> Path:
+        """A checkpoint file; or the newest good one of a run's folder, or of the recipe's last run (``last``)."""
+        if given == "last":
+            runs = sorted(Path("runs", self.recipe).glob("*/checkpoints"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+            found = next((path for run in runs if (path := checkpoint.newest(run))), None)
+            if found is None:
+                raise checkpoint.CheckpointError(f"--ckpt_path last: there is no good checkpoint under {Path('runs', self.recipe)}")
+            return found
+        path = Path(given)
+        if path.is_dir():
+            found = checkpoint.newest(path)
+            if found is None:
+                raise checkpoint.CheckpointError(f"there is no good checkpoint under {path}")
+            return found
+        return path
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with this run's folder, loggers, checkpoint files and callbacks."""
+        settings = self.config_init[self.subcommand]
+        folder = self._run_folder(settings)
+        kwargs["default_root_dir"] = str(folder)
+        if self.subcommand == "fit" and not settings["ckpt_path"] and any(folder.glob("checkpoints/*.ckpt")):
+            raise UsageError(f"{folder} holds a run: continue it with --ckpt_path {folder}, or name another --run_folder")
+        if settings["trainer"]["logger"] in (None, True):
+            kwargs["logger"] = [MetricsLogger(folder, drop_from=self.resume_step if self.subcommand == "fit" else None)]
+            if settings["wandb"] != "off":
+                kwargs["logger"].append(wandb_logger(folder, settings["wandb"], self.recipe, recipe_config(self)))
+        plugins = settings["trainer"]["plugins"] or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), checkpoint.WholeCheckpointIO()]
+        gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
+        callbacks = list(settings["trainer"]["callbacks"] or [])
+        if settings["trainer"]["enable_progress_bar"] is not False and not any(isinstance(c, TQDMProgressBar) for c in callbacks):
+            callbacks.append(TQDMProgressBar(refresh_rate=20))  # each refresh costs as much as a small network's step
+        kwargs["callbacks"] = [*callbacks, Interrupt(saver), Report(self.recipe, gap, budget), PredictionWriter()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _run_folder(self, settings: Any) -> Path:
+        if settings["run_folder"]:
+            folder = Path(settings["run_folder"])
+        elif RUN in os.environ:  # this process was launched by the run's first one
+            folder = Path(os.environ[RUN])
+        elif self.subcommand == "fit" and settings["ckpt_path"] and Path(settings["ckpt_path"]).parent.name == "checkpoints":
+            folder = Path(settings["ckpt_path"]).parent.parent  # a resumed run goes on in its folder
+        else:
+            start = time.strftime("%Y%m%d-%H%M%S") + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
+            folder = Path("runs", self.recipe, start)
+            number = 1
+            while folder.exists():
+                number += 1
+                folder = Path("runs", self.recipe, f"{start}-{number}")
+        return folder
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        launched = os.environ.get(RUN)
+        os.environ[RUN] = self.trainer.default_root_dir
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._interrupt)
+        try:
+            super()._run_subcommand(subcommand)
+        except ProcessExitedException as error:
+            raise SystemExit(error.exit_code) from None
+        finally:
+            os.environ.pop(RUN, None) if launched is None else os.environ.update({RUN: launched})
+
+    def _interrupt(self, signum: int, frame: Any) -> None:
+        """Stop; where the training happens in forked processes, tell those, and wait for their checkpoint."""
+        forked = [process for process in getattr(self.trainer.strategy.launcher, "procs", ()) if process.is_alive()]
+        if not forked:
+            raise_interrupted(signum, frame)
+        for process in forked:
+            os.kill(process.pid, signum)
+
+    def after_fit(self) -> None:
+        """Measure the trained model on the test contexts."""
+        if self.trainer.fast_dev_run or self.trainer.interrupted:
+            return
+        last = checkpoint.newest(self.trainer.default_root_dir)
+        if self.trainer.global_step == 0 and last is not None:  # the steps were made in forked processes
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = checkpoint.load(last)["global_step"]
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        if self.config_init.fit.wandb_artifact and last is not None:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    log_checkpoint(logger, last)
+
+
+def _evaluated(model: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a model that matter once it is trained."""
+    init = {k: v for k, v in model["init_args"].items() if k not in ("optimizer", "scheduler", "loss")}
+    return {**model, "init_args": init}
+
+
+def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:
+    """Every setting of the run, as plain values."""
+    command = str(cli.subcommand)
+    settings: dict[str, Any] = yaml.safe_load(cli._parser(command).dump(cli.config[command], skip_none=False))
+    return settings
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; ``args`` in place of ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: 2 for a fault in the command line, recipe, problem or checkpoint, told in one line on standard error
+            (with ``AMORTIZED_DEBUG`` set in the environment the exception itself passes through); 128 + signal number when told to stop.
+    """
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    handlers = {number: signal.signal(number, raise_interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|args parameter is intended|recommended to use .self.log).*")
+            AmortizedCLI(args)
+    except (UsageError, ProblemError, checkpoint.CheckpointError, MisconfigurationException) as error:
+        if os.environ.get("AMORTIZED_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

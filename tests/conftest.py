@@ -1,0 +1,31 @@
+import os
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # forked processes can deadlock on a parent's thread pool
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind(tmp_path, monkeypatch):
+    """Each test in a folder of its own; environment, random state and working directory are as before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = dict(os.environ)
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
+    after = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    before.pop("PYTEST_CURRENT_TEST", None)
+    changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+    for key in changed:
+        os.environ.pop(key, None) if key not in before else os.environ.update({key: before[key]})
+    assert not changed, f"the test left environment variables changed: {sorted(changed)}"
