@@ -115,6 +115,7 @@ def _bases() -> tuple[type, ...]:
 
 def _subclasses(cls: type) -> list[type]:
     below: list[type] = []
+    child: type
     for child in cls.__subclasses__():
         below += [child] * child.__module__.startswith("amortized") + _subclasses(child)
     return below

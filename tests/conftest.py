@@ -5,6 +5,8 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import pytest
 import torch
 
+import amortized.cli  # noqa: F401  (what it imports sets environment variables, once)
+
 torch.set_num_threads(1)  # forked processes can deadlock on a parent's thread pool
 
 
