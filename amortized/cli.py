@@ -8,6 +8,7 @@ pictures, checkpoints and results.
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,9 +72,9 @@ def resolve_recipe(name: str) -> str:
     known = recipes()
     if name.removesuffix(".yaml") in known:
         return str(known[name.removesuffix(".yaml")])
-    close = difflib.get_close_matches(Path(name).stem, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise UsageError(f"no recipe {name!r}: {hint}There are {', '.join(known)}, or give the path of a YAML file")
+    raise UsageError(
+        f"no recipe {name!r}{_close(name, known)}; there are {', '.join(known)}, or give the path of a YAML file"
+    )
 
 
 class Parser(LightningArgumentParser):
@@ -83,26 +85,33 @@ class Parser(LightningArgumentParser):
 
 
 def _cause(message: str) -> str:
-    """The line of jsonargparse's report that names the fault, with suggestions for a misspelt class or option."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    unknown = re.search(
-        r"(?:class_path|import path) ['\"]?([\w.]+)['\"]?|not a (?:valid )?subclass.*?['\"]([\w.]+)['\"]", message
-    )
-    name = next((group for group in unknown.groups() if group), "") if unknown else ""
-    first = next(
-        (line for line in lines if re.search(r"Problem with|does not|No such|not |Expected|Parser key", line)),
-        lines[0] if lines else message,
-    )
-    deepest = next(
-        (line.lstrip("- ") for line in reversed(lines) if not line.startswith(("Given value", "Discard"))), first
-    )
-    text = first if deepest in first else f"{first} {deepest}"
-    if name:
-        known = [c.__name__ for base in _bases() for c in _subclasses(base)]
-        close = difflib.get_close_matches(name.split(".")[-1], known, n=3, cutoff=0.5)
-        if close and name.split(".")[-1] not in known:
-            text += f" (did you mean {' or '.join(dict.fromkeys(close))}?)"
-    return text
+    """One line from jsonargparse's report: the setting, what is wrong with it, and the names that come close.
+
+    >>> print(_cause('Parser key "model":\\n  Errors:\\n    - Option \\'latnt\\' is not accepted\\n    - Expected a <class \\'NoneType\\'>'))
+    model: Option 'latnt' is not accepted (did you mean latent?)
+    """
+    lines = [line.strip().lstrip("- ") for line in message.splitlines()]
+    setting = ".".join(key for line in lines for key in re.findall(r'Parser key "([^"]+)"', line))
+    faults = [line for line in lines if re.match("Expected|Option|No such|Unable|data\\.|[A-Z][A-Za-z]+:", line)]
+    faults = [
+        line
+        for line in faults
+        if not re.match("Expected a (path|<class 'NoneType'>)|Subtypes|Errors|Given|Parser", line)
+    ]
+    if not setting or not faults:
+        return " ".join(faults or [line for line in lines if line][:1])
+    text = "; ".join(dict.fromkeys(faults))
+    classes = [cls for base in _bases() for cls in _subclasses(base)]
+    if name := re.search(r"Expected a dot import path string: (\S+)", text):
+        text = f"there is no class {name[1]!r}{_close(name[1], [cls.__name__ for cls in classes])}"
+    elif name := re.search(r"Option '(\w+)' is not accepted", text):
+        text += _close(name[1], {parameter for cls in classes for parameter in inspect.signature(cls).parameters})
+    return f"{setting}: {text}"
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
 def _bases() -> tuple[type, ...]:
@@ -113,9 +122,12 @@ def _bases() -> tuple[type, ...]:
 
 
 def _subclasses(cls: type) -> list[type]:
-    children: list[type] = cls.__subclasses__()
-    found = [c for child in children for c in (child, *_subclasses(child))]
-    return [c for c in found if c.__module__.startswith("amortized")]
+    return [
+        c
+        for child in cls.__subclasses__()
+        for c in (child, *_subclasses(child))
+        if c.__module__.startswith("amortized")
+    ]
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -125,7 +137,7 @@ class SaveRecipe(SaveConfigCallback):
         if not self.already_saved and trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            text = self.parser.dump(self.config, skip_none=False)
+            text = self.parser.dump(self.config, skip_unset=False)
             path = folder / "config.yaml"
             for number in range(2, 10_000):
                 if not path.exists() or path.read_text() == text:
@@ -140,7 +152,7 @@ class SaveRecipe(SaveConfigCallback):
 
 def recipe_of(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """The settings that a checkpoint depends on: model, data, seed, and how the trainer updates."""
-    everything = yaml.safe_load(parser.dump(config, skip_none=False))
+    everything = yaml.safe_load(parser.dump(config, skip_unset=False))
     trainer = {
         key: everything["trainer"].get(key) for key in ("accumulate_grad_batches", "gradient_clip_val", "precision")
     }
@@ -264,6 +276,12 @@ class AmortizedCLI(LightningCLI):
             return found
         return path
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # of a class's own __init__, in jsonargparse's wrapping
+            raise UsageError(_cause(str(error))) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with this run's folder, loggers, checkpoint files and callbacks."""
         settings = self.config_init[self.subcommand]
@@ -309,7 +327,6 @@ class AmortizedCLI(LightningCLI):
         return folder
 
     def _run_subcommand(self, subcommand: str) -> None:
-        launched = os.environ.get(RUN)
         os.environ[RUN] = self.trainer.default_root_dir
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._interrupt)
@@ -327,7 +344,6 @@ class AmortizedCLI(LightningCLI):
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     finish(logger, exit_code)
-            os.environ.pop(RUN, None) if launched is None else os.environ.update({RUN: launched})
 
     def _interrupt(self, signum: int, frame: Any) -> None:
         """Stop; where the training happens in forked processes, tell those, and wait for their checkpoint."""
@@ -360,7 +376,7 @@ def _evaluated(model: dict[str, Any]) -> dict[str, Any]:
 def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:
     """Every setting of the run, as plain values."""
     command = str(cli.subcommand)
-    settings: dict[str, Any] = yaml.safe_load(cli._parser(command).dump(cli.config[command], skip_none=False))
+    settings: dict[str, Any] = yaml.safe_load(cli._parser(command).dump(cli.config[command], skip_unset=False))
     return settings
 
 
@@ -369,8 +385,8 @@ def main(args: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: 2 for a fault in the command line, recipe, problem or checkpoint, told in one line on standard error
-            (with ``AMORTIZED_DEBUG`` set in the environment the exception itself passes through); 128 + the signal's
-            number when told to stop.
+            (with ``AMORTIZED_DEBUG`` set in the environment the exception itself passes through); 128 + the
+            signal's number when told to stop.
     """
     for name in (
         "lightning.pytorch.utilities.rank_zero",
@@ -378,8 +394,8 @@ def main(args: list[str] | None = None) -> None:
         "lightning.fabric.utilities.seed",
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
+    environment = dict(os.environ)
     handlers = {number: signal.signal(number, raise_interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
-    seeds = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}  # Lightning sets them
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -395,5 +411,5 @@ def main(args: list[str] | None = None) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for name, seed in seeds.items():
-            os.environ.pop(name, None) if seed is None else os.environ.update({name: seed})
+        os.environ.clear()  # Lightning leaves its seed there
+        os.environ.update(environment)

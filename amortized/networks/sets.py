@@ -1,0 +1,92 @@
+"""Networks on sets: contexts made of points whose order means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from amortized.networks.mlp import MLP
+from amortized.problem import Context
+
+
+class DeepSet(nn.Module):
+    r"""``f({x_1, ..., x_K}) = rho(mean_k phi(x_k))``: the same for any order of the elements, defined for any number.
+
+    With as many outputs as another network has parameters it is a set-conditioned hypernetwork.
+
+    Source: Zaheer et al. (2017), *Deep sets*, theorem 2, with the mean in place of the sum.
+
+    Args:
+        fields: the parts of the context that make up an element, each ``(B, K)`` or ``(B, K, d)``.
+        in_features: numbers in one element, over all ``fields``.
+        out_features: numbers in one solution.
+        features: width of the pooled ``phi``.
+        hidden: widths of the hidden layers of ``phi`` and of ``rho``.
+        activation: as for :class:`~amortized.networks.MLP`.
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[str],
+        in_features: int,
+        out_features: int,
+        features: int = 128,
+        hidden: Sequence[int] = (128, 128),
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.fields = tuple(fields)
+        self.phi = MLP(in_features, features, hidden, activation)
+        self.rho = MLP(features, out_features, hidden, activation)
+
+    def forward(self, a: Context) -> Tensor:
+        x = elements(a, self.fields)
+        return self.rho(self.phi(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1))
+
+
+class SetTransformer(nn.Module):
+    r"""Self-attention among the elements of a set, then their mean: any order gives the same, and any number will do.
+
+    Elements see each other before they are pooled, so what depends on pairs (which of two minima is lower) is learned
+    sooner than by a :class:`DeepSet`, at about twice its cost.
+
+    Source: Lee et al. (2019), *Set transformer*, with the mean in place of pooling by attention; layers as in Xiong et
+    al. (2020), with the normalisation first.
+
+    Args:
+        fields: the parts of the context that make up an element, each ``(B, K)`` or ``(B, K, d)``.
+        in_features: numbers in one element, over all ``fields``.
+        out_features: numbers in one solution.
+        features: width of an element's representation; its layers have twice as many hidden units.
+        layers: layers of self-attention.
+        heads: attention heads; a divisor of ``features``.
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[str],
+        in_features: int,
+        out_features: int,
+        features: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        self.fields = tuple(fields)
+        layer = nn.TransformerEncoderLayer(
+            features, heads, 2 * features, dropout=0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.embed = nn.Linear(in_features, features)
+        self.attend = nn.TransformerEncoder(layer, layers, nn.LayerNorm(features), enable_nested_tensor=False)
+        self.readout = nn.Linear(features, out_features)
+
+    def forward(self, a: Context) -> Tensor:
+        return self.readout(self.attend(self.embed(elements(a, self.fields))).mean(1))
+
+
+def elements(a: Context, fields: Sequence[str]) -> Tensor:
+    """The named parts of a context, ``(B, K)`` or ``(B, K, d)``, side by side: a set of K elements, ``(B, K, D)``."""
+    parts = [getattr(a, field) for field in fields]
+    return torch.cat([part.unsqueeze(2) if part.ndim == 2 else part for part in parts], 2)

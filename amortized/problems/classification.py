@@ -1,0 +1,110 @@
+r"""Classification of handwritten digits, seen as amortized optimization over the simplex.
+
+An image comes with a distribution ``p`` over the ten classes: 1 at its label, smoothed. Its solution, the logits ``b``
+of a distribution, minimizes the cross-entropy
+
+    ``L(b; a) = -sum_k p_k log softmax(b)_k = H(p) + KL(p || softmax(b))``,
+
+at ``b = log p``. Given ``p`` that is easy; the difficulty is all in the amortization, for the model observes the image
+alone. So a classifier is an amortized optimizer, and its gap on held-out images is ``KL(p || softmax(b))``.
+
+Source: Shu (2017), *Amortized optimization*, where classification stands in, supervised, for a survival problem.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample, one_hot
+
+from amortized.contexts import ContextDataModule
+from amortized.module import AmortizedModule
+
+
+class Labelled(NamedTuple):
+    """B images with the distributions to be found."""
+
+    image: Tensor
+    """``(B, 64)``: 8 x 8 pixels in [0, 1]."""
+    target: Tensor
+    """``p``: ``(B, 10)``, on the simplex."""
+
+
+class Classification(AmortizedModule):
+    """The class distribution of an image. Solutions ``(B, 10)``: logits; only the image is observed."""
+
+    objective_name = "cross-entropy (nats)"
+
+    def objective(self, b: Tensor, a: Labelled) -> Tensor:
+        return -(a.target * b.log_softmax(1)).sum(1)
+
+    def optimum(self, a: Labelled) -> Tensor:
+        """The minimal value, ``H(p)`` of shape ``(B,)``, at ``b = log p``."""
+        return -torch.xlogy(a.target, a.target).sum(1)
+
+    def observe(self, a: Labelled) -> Tensor:
+        """The image ``(B, 64)``."""
+        return a.image
+
+    def decode(self, b: Tensor, a: Labelled) -> Tensor:
+        """The distribution ``softmax(b)``, ``(B, 10)``."""
+        return b.softmax(1)
+
+    def draw(self, a: Labelled, solutions: dict[str, Tensor]) -> Figure:
+        """The images, and below each the network's distribution beside the solver's, which is given the target."""
+        figure = Figure(figsize=(1.3 * len(a.image), 2.6), layout="constrained")
+        images, bars = figure.subplots(2, len(a.image), squeeze=False, sharey="row")
+        for i, (above, below) in enumerate(zip(images, bars, strict=True)):
+            above.imshow(a.image[i].reshape(8, 8).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+            above.set_axis_off()
+            for k, (name, b) in enumerate(solutions.items()):
+                below.bar(
+                    [c + 0.4 * k - 0.2 for c in range(10)],
+                    self.decode(b, a)[i].tolist(),
+                    width=0.4,
+                    color=f"C{k}",
+                    label=name,
+                )
+            below.set(xticks=range(10), ylim=(0, 1))
+            below.tick_params(labelsize=6)
+        figure.legend(*bars[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        return figure
+
+
+class LabelledDigits(ContextDataModule):
+    """scikit-learn's 1,797 handwritten digits: 1,257 train, 180 validate, 360 test, the same whatever the seed.
+
+    Training images are turned, scaled and shifted a little, anew each time.
+
+    Args:
+        smoothing: the share of probability spread evenly over the classes; positive, so that ``log p`` is finite.
+        **kwargs: see :class:`~amortized.ContextDataModule`.
+    """
+
+    def __init__(self, smoothing: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 0 < smoothing < 1:
+            raise ValueError(f"smoothing must be in (0, 1), or the optimum would be infinite; got {smoothing}")
+        self.smoothing = smoothing
+
+    def contexts(self, split: str) -> Labelled:
+        digits = load_digits()
+        order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))
+        first, last = {"train": (0, 1257), "val": (1257, 1437), "test": (1437, 1797)}[split]
+        chosen = order[first:last]
+        image, label = torch.from_numpy(digits.data).float() / 16, torch.from_numpy(digits.target)
+        target = (1 - self.smoothing) * one_hot(label, 10) + self.smoothing / 10
+        return Labelled(image[chosen], target[chosen])
+
+    def augment(self, a: Labelled, generator: torch.Generator) -> Labelled:
+        turn, scale, *shift = 2 * torch.rand(4, len(a.image), generator=generator, device=generator.device) - 1
+        cos, sin = (1 + 0.1 * scale) * torch.cos(0.2 * turn), (1 + 0.1 * scale) * torch.sin(0.2 * turn)
+        right, down = (0.25 * s for s in shift)  # of the image's half width: one pixel at most
+        theta = torch.stack([cos, -sin, right, sin, cos, down], 1).unflatten(1, (2, 3))
+        square = a.image.view(-1, 1, 8, 8)
+        moved = grid_sample(square, affine_grid(theta, list(square.shape), align_corners=False), align_corners=False)
+        return a._replace(image=moved.flatten(1))
