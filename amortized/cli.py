@@ -30,16 +30,18 @@ from lightning.pytorch.loggers import WandbLogger
 from torch.multiprocessing import ProcessExitedException
 
 import amortized.networks
-import amortized.problems
-import amortized.solvers  # noqa: F401  (imported so that recipes can use short class names)
+import amortized.problems  # noqa: F401  (imported so that recipes can use short class names)
 from amortized import checkpoint
 from amortized.callbacks import BudgetMonitor, Checkpoint, GapMonitor, Interrupt, Report
+from amortized.callbacks.budget import default_rivals
 from amortized.callbacks.checkpoint import raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
 from amortized.contexts import ContextDataModule
 from amortized.loggers import MetricsLogger, finish, log_checkpoint, wandb_logger
+from amortized.losses import Loss
 from amortized.module import AmortizedModule
 from amortized.problem import ProblemError
+from amortized.solvers import Solver
 
 COMMANDS = ("fit", "validate", "test", "predict")
 RUN = "AMORTIZED_RUN_FOLDER"
@@ -85,28 +87,21 @@ class Parser(LightningArgumentParser):
 
 
 def _cause(message: str) -> str:
-    """One line from jsonargparse's report: the setting, what is wrong with it, and the names that come close.
+    r"""One line from jsonargparse's report: the setting, what is wrong with it, and the names that come close.
 
-    >>> print(_cause('Parser key "model":\\n  Errors:\\n    - Option \\'latnt\\' is not accepted\\n    - Expected a <class \\'NoneType\\'>'))
-    model: Option 'latnt' is not accepted (did you mean latent?)
+    >>> print(_cause('Parser key "model":\n  Does not validate against\n  Errors:\n    - latent: Expected an int'))
+    model: latent: Expected an int
     """
-    lines = [line.strip().lstrip("- ") for line in message.splitlines()]
+    lines = [line.strip().lstrip("- ") for line in message.splitlines() if line.strip()]
     setting = ".".join(key for line in lines for key in re.findall(r'Parser key "([^"]+)"', line))
-    faults = [line for line in lines if re.match("Expected|Option|No such|Unable|data\\.|[A-Z][A-Za-z]+:", line)]
-    faults = [
-        line
-        for line in faults
-        if not re.match("Expected a (path|<class 'NoneType'>)|Subtypes|Errors|Given|Parser", line)
-    ]
-    if not setting or not faults:
-        return " ".join(faults or [line for line in lines if line][:1])
-    text = "; ".join(dict.fromkeys(faults))
+    around = r"Parser key|Does not validate|Subtypes:|Errors:|Given value|Expected a path|Expected a <class 'NoneType'>"
+    text = "; ".join(dict.fromkeys(line for line in lines if not re.match(around, line))) or lines[0]
     classes = [cls for base in _bases() for cls in _subclasses(base)]
     if name := re.search(r"Expected a dot import path string: (\S+)", text):
         text = f"there is no class {name[1]!r}{_close(name[1], [cls.__name__ for cls in classes])}"
     elif name := re.search(r"Option '(\w+)' is not accepted", text):
         text += _close(name[1], {parameter for cls in classes for parameter in inspect.signature(cls).parameters})
-    return f"{setting}: {text}"
+    return f"{setting}: {text}" if setting else text
 
 
 def _close(name: str, known: Iterable[str]) -> str:
@@ -115,19 +110,12 @@ def _close(name: str, known: Iterable[str]) -> str:
 
 
 def _bases() -> tuple[type, ...]:
-    from amortized.losses import Loss
-    from amortized.solvers import Solver
-
     return AmortizedModule, ContextDataModule, Solver, Loss, torch.nn.Module
 
 
 def _subclasses(cls: type) -> list[type]:
-    return [
-        c
-        for child in cls.__subclasses__()
-        for c in (child, *_subclasses(child))
-        if c.__module__.startswith("amortized")
-    ]
+    below: list[type] = [c for child in cls.__subclasses__() for c in (child, *_subclasses(child))]
+    return [c for c in below if c.__module__.startswith("amortized")]
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -298,6 +286,7 @@ class AmortizedCLI(LightningCLI):
         plugins = settings["trainer"]["plugins"] or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), checkpoint.WholeCheckpointIO()]
         gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
+        budget.rivals = budget.rivals or default_rivals(gap.solver)
         callbacks = list(settings["trainer"]["callbacks"] or [])
         if settings["trainer"]["enable_progress_bar"] is not False and not any(
             isinstance(c, TQDMProgressBar) for c in callbacks

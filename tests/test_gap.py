@@ -1,12 +1,13 @@
 """The gap is exact on any number of processes, each context counted once, and honest about what it does not know."""
 
-import csv
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import Trainer
-from runs import Run
+from runs import Run, metrics
 from toy import FiniteGaussians, Gaussians, Quadratic
 
 from amortized.callbacks import GapMonitor, measure_gap
@@ -16,16 +17,28 @@ from amortized.solvers import LBFGS, GradientDescent
 
 def trainer(*callbacks, **kwargs):
     return Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, callbacks=list(callbacks), **kwargs,
-    )  # fmt: skip
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        **kwargs,
+    )
 
 
 def rows(network, reference, cold=None, converged=None):
     n = len(network)
     as_tensor = lambda x, default: torch.tensor(x if x is not None else default, dtype=torch.float64)  # noqa: E731
-    return GapRows(torch.arange(n), torch.tensor(network), torch.tensor(reference), as_tensor(cold, reference),
-                   as_tensor(converged, [1.0] * n), torch.ones(n))  # fmt: skip
+    return GapRows(
+        torch.arange(n),
+        torch.tensor(network),
+        torch.tensor(reference),
+        as_tensor(cold, reference),
+        as_tensor(converged, [1.0] * n),
+        torch.ones(n),
+    )
 
 
 def test_statistics():
@@ -139,9 +152,7 @@ def test_processes_agree_to_1e_6(noise):
                 [command, *args[1:], f"--trainer.devices={processes}", *strategy, f"--run_folder={command}-{processes}"]
             )
             assert run.wait() == 0, run.output()
-        found[processes] = json.load(open(f"test-{processes}/results.json"))
-        import numpy as np
-
+        found[processes] = json.loads(Path(f"test-{processes}/results.json").read_text())
         predicted[processes] = np.load(f"predict-{processes}/predictions.npz")
     for processes in (2, 3):
         for group in ("gap", "rows", "objective"):
@@ -171,10 +182,24 @@ def test_the_usual_pattern_is_wrong_on_the_same_contexts():
 def test_metrics_file_has_the_curves(tmp_path):
     from amortized.cli import main
 
-    main(["fit", "--model=toy.Quadratic", "--data=toy.Gaussians", "--data.num_val=64", "--data.num_test=64", "--trainer.max_steps=20",
-          "--trainer.val_check_interval=10", "--trainer.check_val_every_n_epoch=null", "--trainer.log_every_n_steps=5",
-          "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--budget.enabled=false", "--run_folder=run"])  # fmt: skip
-    lines = list(csv.DictReader(open("run/metrics.csv")))
+    main(
+        [
+            "fit",
+            "--model=toy.Quadratic",
+            "--data=toy.Gaussians",
+            "--data.num_val=64",
+            "--data.num_test=64",
+            "--trainer.max_steps=20",
+            "--trainer.val_check_interval=10",
+            "--trainer.check_val_every_n_epoch=null",
+            "--trainer.log_every_n_steps=5",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+            "--budget.enabled=false",
+            "--run_folder=run",
+        ]
+    )
+    lines = metrics("run")
     assert [line["step"] for line in lines if line["train/loss"]] == ["4", "9", "14", "19"]
     assert [line["step"] for line in lines if line["val/gap/mean"]] == ["9", "19"]
     assert [line["step"] for line in lines if line["test/gap/p95"]] == ["20"]
