@@ -114,7 +114,8 @@ def _bases() -> tuple[type, ...]:
 
 
 def _subclasses(cls: type) -> list[type]:
-    below: list[type] = [c for child in cls.__subclasses__() for c in (child, *_subclasses(child))]
+    children: list[type] = cls.__subclasses__()
+    below = [c for child in children for c in (child, *_subclasses(child))]
     return [c for c in below if c.__module__.startswith("amortized")]
 
 
