@@ -1,6 +1,9 @@
 import os
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    map(os.path.dirname, [os.path.dirname(__file__), __file__])
+)  # for other processes
 
 import pytest
 import torch

@@ -97,7 +97,7 @@ class GapMonitor(Callback):
         rows, best = measure_gap(module, a, b, self.solver, index, seed=number)
         self.metric.update(rows)
         if self.example is None:
-            self.example = (a, b, best)
+            self.example = (a, b.to(best.dtype), best)  # b may be of mixed precision
         self.seconds += time.perf_counter() - started
 
     def _finish(self, trainer: Trainer, module: LightningModule, split: str) -> None:
