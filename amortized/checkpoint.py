@@ -78,9 +78,13 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: it holds more than tensors and plain values, and loading it could run code") from error
+        raise CheckpointError(
+            f"{path} is refused: it holds more than tensors and plain values, and loading it could run code"
+        ) from error
     except Exception as error:
-        raise CheckpointError(f"{path} is no readable checkpoint (truncated?): {str(error).splitlines()[0] or type(error).__name__}") from error
+        raise CheckpointError(
+            f"{path} is no readable checkpoint (truncated?): {str(error).splitlines()[0] or type(error).__name__}"
+        ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
     for name, weight in checkpoint.get("state_dict", checkpoint).items():
@@ -90,11 +94,12 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def newest(directory: str | Path, but: Path | None = None) -> Path | None:
-    """The checkpoint of the highest training step in a run's directory that loads; ``None`` if there is none."""
+    """The checkpoint written last in a run's folder, or in its ``checkpoints``, that loads; ``None`` if there is none."""
     directory = Path(directory)
     if not directory.is_dir():
         return None
-    found = [path for path in directory.rglob("*.ckpt") if path != but and not path.name.startswith(".")]
+    everything = [*directory.glob("*.ckpt"), *directory.glob("checkpoints/*.ckpt")]
+    found = [path for path in everything if path != but and not path.name.startswith(".")]
     for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         try:
             _load(path)
@@ -107,13 +112,13 @@ def newest(directory: str | Path, but: Path | None = None) -> Path | None:
 class WholeCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written by :func:`save` and read by :func:`load`."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:  # noqa: D102
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         save(checkpoint, path)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: D102
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return load(path)
 
-    def remove_checkpoint(self, path: Any) -> None:  # noqa: D102
+    def remove_checkpoint(self, path: Any) -> None:
         super().remove_checkpoint(path)
         digest_path(path).unlink(missing_ok=True)
 
@@ -122,5 +127,9 @@ def compare_recipes(saved: Any, given: Any, at: str = "") -> list[str]:
     """Where two recipes differ, one line each: ``model.network.hidden: the checkpoint has 64, given 32``."""
     if isinstance(saved, dict) and isinstance(given, dict):
         keys = dict.fromkeys([*saved, *given])
-        return [line for key in keys for line in compare_recipes(saved.get(key), given.get(key), f"{at}.{key}" if at else str(key))]
+        return [
+            line
+            for key in keys
+            for line in compare_recipes(saved.get(key), given.get(key), f"{at}.{key}" if at else str(key))
+        ]
     return [] if saved == given else [f"{at}: the checkpoint has {saved!r}, given {given!r}"]

@@ -8,6 +8,7 @@ pictures, checkpoints and results.
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,21 +25,23 @@ import yaml
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from torch.multiprocessing import ProcessExitedException
 
 import amortized.networks
-import amortized.problems
-import amortized.solvers  # noqa: F401  (imported so that recipes can use short class names)
+import amortized.problems  # noqa: F401  (imported so that recipes can use short class names)
 from amortized import checkpoint
 from amortized.callbacks import BudgetMonitor, Checkpoint, GapMonitor, Interrupt, Report
+from amortized.callbacks.budget import default_rivals
 from amortized.callbacks.checkpoint import raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
 from amortized.contexts import ContextDataModule
-from amortized.loggers import MetricsLogger, log_checkpoint, wandb_logger
+from amortized.loggers import MetricsLogger, finish, log_checkpoint, wandb_logger
+from amortized.losses import Loss
 from amortized.module import AmortizedModule
 from amortized.problem import ProblemError
+from amortized.solvers import Solver
 
 COMMANDS = ("fit", "validate", "test", "predict")
 RUN = "AMORTIZED_RUN_FOLDER"
@@ -70,53 +74,58 @@ def resolve_recipe(name: str) -> str:
     known = recipes()
     if name.removesuffix(".yaml") in known:
         return str(known[name.removesuffix(".yaml")])
-    close = difflib.get_close_matches(Path(name).stem, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise UsageError(f"no recipe {name!r}: {hint}There are {', '.join(known)}, or give the path of a YAML file")
+    raise UsageError(
+        f"no recipe {name!r}{_close(name, known)}; there are {', '.join(known)}, or give the path of a YAML file"
+    )
 
 
 class Parser(LightningArgumentParser):
     """Says what is wrong in one line, with the names that come close."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: D102
+    def error(self, message: str, ex: Exception | None = None) -> Any:
         raise UsageError(_cause(message))
 
 
 def _cause(message: str) -> str:
-    """The line of jsonargparse's report that names the fault, with suggestions for a misspelt class or option."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    unknown = re.search(r"(?:class_path|import path) ['\"]?([\w.]+)['\"]?|not a (?:valid )?subclass.*?['\"]([\w.]+)['\"]", message)
-    name = next((group for group in unknown.groups() if group), "") if unknown else ""
-    first = next((line for line in lines if re.search(r"Problem with|does not|No such|not |Expected|Parser key", line)), lines[0] if lines else message)
-    deepest = next((line.lstrip("- ") for line in reversed(lines) if not line.startswith(("Given value", "Discard"))), first)
-    text = first if deepest in first else f"{first} {deepest}"
-    if name:
-        known = [c.__name__ for base in _bases() for c in _subclasses(base)]
-        close = difflib.get_close_matches(name.split(".")[-1], known, n=3, cutoff=0.5)
-        if close and name.split(".")[-1] not in known:
-            text += f" (did you mean {' or '.join(dict.fromkeys(close))}?)"
-    return text
+    r"""One line from jsonargparse's report: the setting, what is wrong with it, and the names that come close.
+
+    >>> print(_cause('Parser key "model":\n  Does not validate against\n  Errors:\n    - latent: Expected an int'))
+    model: latent: Expected an int
+    """
+    lines = [line.strip().lstrip("- ") for line in message.splitlines() if line.strip()]
+    setting = ".".join(key for line in lines for key in re.findall(r'Parser key "([^"]+)"', line))
+    around = r"Parser key|Does not validate|Subtypes:|Errors:|Given value|Expected a path|Expected a <class 'NoneType'>"
+    text = "; ".join(dict.fromkeys(line for line in lines if not re.match(around, line))) or lines[0]
+    classes = [cls for base in _bases() for cls in _subclasses(base)]
+    if name := re.search(r"Expected a dot import path string: (\S+)", text):
+        text = f"there is no class {name[1]!r}{_close(name[1], [cls.__name__ for cls in classes])}"
+    elif name := re.search(r"Option '(\w+)' is not accepted", text):
+        text += _close(name[1], {parameter for cls in classes for parameter in inspect.signature(cls).parameters})
+    return f"{setting}: {text}" if setting else text
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
 def _bases() -> tuple[type, ...]:
-    from amortized.losses import Loss
-    from amortized.solvers import Solver
-
     return AmortizedModule, ContextDataModule, Solver, Loss, torch.nn.Module
 
 
 def _subclasses(cls: type) -> list[type]:
-    return [c for child in cls.__subclasses__() for c in (child, *_subclasses(child)) if c.__module__.startswith("amortized")]
+    below: list[type] = [c for child in cls.__subclasses__() for c in (child, *_subclasses(child))]
+    return [c for c in below if c.__module__.startswith("amortized")]
 
 
 class SaveRecipe(SaveConfigCallback):
     """Writes ``config.yaml`` into the run's folder and the recipe into every checkpoint; replaces no earlier one."""
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:  # noqa: D102
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if not self.already_saved and trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            text = self.parser.dump(self.config, skip_none=False)
+            text = self.parser.dump(self.config, skip_unset=False)
             path = folder / "config.yaml"
             for number in range(2, 10_000):
                 if not path.exists() or path.read_text() == text:
@@ -125,15 +134,22 @@ class SaveRecipe(SaveConfigCallback):
             path.write_text(text)
         self.already_saved = True
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint_: dict[str, Any]) -> None:  # noqa: D102
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint_: dict[str, Any]) -> None:
         checkpoint_[checkpoint.RECIPE] = recipe_of(self.parser, self.config)
 
 
 def recipe_of(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """The settings that a checkpoint depends on: model, data, seed, and how the trainer updates."""
-    everything = yaml.safe_load(parser.dump(config, skip_none=False))
-    trainer = {key: everything["trainer"].get(key) for key in ("accumulate_grad_batches", "gradient_clip_val", "precision")}
-    return {"seed_everything": everything["seed_everything"], "model": everything["model"], "data": everything["data"], "trainer": trainer}
+    everything = yaml.safe_load(parser.dump(config, skip_unset=False))
+    trainer = {
+        key: everything["trainer"].get(key) for key in ("accumulate_grad_batches", "gradient_clip_val", "precision")
+    }
+    return {
+        "seed_everything": everything["seed_everything"],
+        "model": everything["model"],
+        "data": everything["data"],
+        "trainer": trainer,
+    }
 
 
 class AmortizedCLI(LightningCLI):
@@ -147,7 +163,11 @@ class AmortizedCLI(LightningCLI):
             AmortizedModule,
             ContextDataModule,
             save_config_callback=SaveRecipe,
-            trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0, "enable_model_summary": False},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
             seed_everything_default=0,
             parser_class=Parser,
             subclass_mode_model=True,
@@ -157,8 +177,8 @@ class AmortizedCLI(LightningCLI):
             args=args,
         )
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:  # noqa: D102
-        given = list(sys.argv[1:] if args is None else args)  # type: ignore[arg-type]
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        given = list(sys.argv[1:] if args is None else args)
         for at, word in enumerate(given):
             if word in ("-c", "--config") and at + 1 < len(given):
                 given[at + 1] = resolve_recipe(given[at + 1])
@@ -172,14 +192,20 @@ class AmortizedCLI(LightningCLI):
             self.recipe = settings["recipe"]
         settings["recipe"] = self.recipe
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:  # noqa: D102
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(GapMonitor, "gap")
         parser.add_lightning_class_args(BudgetMonitor, "budget")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_argument("--recipe", type=str | None, default=None, help="Name of the recipe; set by -c.")
-        parser.add_argument("--run_folder", type=str | None, default=None, help="The run's folder; default runs/RECIPE/TIME.")
-        parser.add_argument("--wandb", type=Literal["off", "offline", "online"], default="off", help="Log to Weights & Biases.")
-        parser.add_argument("--wandb_artifact", type=bool, default=False, help="Log the last checkpoint there as an artifact.")
+        parser.add_argument(
+            "--run_folder", type=str | None, default=None, help="The run's folder; default runs/RECIPE/TIME."
+        )
+        parser.add_argument(
+            "--wandb", type=Literal["off", "offline", "online"], default="off", help="Log to Weights & Biases."
+        )
+        parser.add_argument(
+            "--wandb_artifact", type=bool, default=False, help="Log the last checkpoint there as an artifact."
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Find, read and check the checkpoint before anything is built (Lightning would let it override the settings)."""
@@ -192,27 +218,39 @@ class AmortizedCLI(LightningCLI):
         settings["ckpt_path"] = str(path)
         given, saved = recipe_of(self._parser(command), settings), loaded.get(checkpoint.RECIPE)
         if saved is None:
-            raise checkpoint.CheckpointError(f"{path} does not say which recipe it is of: it was not written by this command line")
+            raise checkpoint.CheckpointError(
+                f"{path} does not say which recipe it is of: it was not written by this command line"
+            )
         classes = [recipe["model"]["class_path"].split(".")[-1] for recipe in (saved, given)]
         if classes[0] != classes[1]:
-            raise checkpoint.CheckpointError(f"{path} is of another recipe: it holds a {classes[0]}, the recipe asks for a {classes[1]}")
+            raise checkpoint.CheckpointError(
+                f"{path} is of another recipe: it holds a {classes[0]}, the recipe asks for a {classes[1]}"
+            )
         if command != "fit":
             saved, given = ({"model": _evaluated(recipe["model"])} for recipe in (saved, given))
         differences = checkpoint.compare_recipes(saved, given)
         if differences:
             more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
             config = path.parent.parent / "config.yaml"
-            how = f"give the settings it was trained with: -c {config}" if config.is_file() else "give the settings it was trained with"
+            how = (
+                f"give the settings it was trained with: -c {config}"
+                if config.is_file()
+                else "give the settings it was trained with"
+            )
             raise checkpoint.CheckpointError(f"{path} was trained with other settings: {differences[0]}{more}; {how}")
         self.resume_step = loaded["global_step"]
 
     def _find_checkpoint(self, given: str) -> Path:
         """A checkpoint file; or the newest good one of a run's folder, or of the recipe's last run (``last``)."""
         if given == "last":
-            runs = sorted(Path("runs", self.recipe).glob("*/checkpoints"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+            runs = sorted(
+                Path("runs", self.recipe).glob("*/checkpoints"), key=lambda p: p.stat().st_mtime_ns, reverse=True
+            )
             found = next((path for run in runs if (path := checkpoint.newest(run))), None)
             if found is None:
-                raise checkpoint.CheckpointError(f"--ckpt_path last: there is no good checkpoint under {Path('runs', self.recipe)}")
+                raise checkpoint.CheckpointError(
+                    f"--ckpt_path last: there is no good checkpoint under {Path('runs', self.recipe)}"
+                )
             return found
         path = Path(given)
         if path.is_dir():
@@ -222,13 +260,21 @@ class AmortizedCLI(LightningCLI):
             return found
         return path
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # of a class's own __init__, in jsonargparse's wrapping
+            raise UsageError(_cause(str(error))) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with this run's folder, loggers, checkpoint files and callbacks."""
         settings = self.config_init[self.subcommand]
         folder = self._run_folder(settings)
         kwargs["default_root_dir"] = str(folder)
         if self.subcommand == "fit" and not settings["ckpt_path"] and any(folder.glob("checkpoints/*.ckpt")):
-            raise UsageError(f"{folder} holds a run: continue it with --ckpt_path {folder}, or name another --run_folder")
+            raise UsageError(
+                f"{folder} holds a run: continue it with --ckpt_path {folder}, or name another --run_folder"
+            )
         if settings["trainer"]["logger"] in (None, True):
             kwargs["logger"] = [MetricsLogger(folder, drop_from=self.resume_step if self.subcommand == "fit" else None)]
             if settings["wandb"] != "off":
@@ -236,8 +282,11 @@ class AmortizedCLI(LightningCLI):
         plugins = settings["trainer"]["plugins"] or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), checkpoint.WholeCheckpointIO()]
         gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
+        budget.rivals = budget.rivals or default_rivals(gap.solver)
         callbacks = list(settings["trainer"]["callbacks"] or [])
-        if settings["trainer"]["enable_progress_bar"] is not False and not any(isinstance(c, TQDMProgressBar) for c in callbacks):
+        if settings["trainer"]["enable_progress_bar"] is not False and not any(
+            isinstance(c, TQDMProgressBar) for c in callbacks
+        ):
             callbacks.append(TQDMProgressBar(refresh_rate=20))  # each refresh costs as much as a small network's step
         kwargs["callbacks"] = [*callbacks, Interrupt(saver), Report(self.recipe, gap, budget), PredictionWriter()]
         return super().instantiate_trainer(**kwargs)
@@ -247,7 +296,11 @@ class AmortizedCLI(LightningCLI):
             folder = Path(settings["run_folder"])
         elif RUN in os.environ:  # this process was launched by the run's first one
             folder = Path(os.environ[RUN])
-        elif self.subcommand == "fit" and settings["ckpt_path"] and Path(settings["ckpt_path"]).parent.name == "checkpoints":
+        elif (
+            self.subcommand == "fit"
+            and settings["ckpt_path"]
+            and Path(settings["ckpt_path"]).parent.name == "checkpoints"
+        ):
             folder = Path(settings["ckpt_path"]).parent.parent  # a resumed run goes on in its folder
         else:
             start = time.strftime("%Y%m%d-%H%M%S") + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
@@ -259,16 +312,23 @@ class AmortizedCLI(LightningCLI):
         return folder
 
     def _run_subcommand(self, subcommand: str) -> None:
-        launched = os.environ.get(RUN)
         os.environ[RUN] = self.trainer.default_root_dir
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._interrupt)
+        exit_code: Any = 1
         try:
             super()._run_subcommand(subcommand)
+            exit_code = 0
         except ProcessExitedException as error:
-            raise SystemExit(error.exit_code) from None
+            exit_code = error.exit_code
+            raise SystemExit(exit_code) from None
+        except SystemExit as stop:
+            exit_code = stop.code
+            raise
         finally:
-            os.environ.pop(RUN, None) if launched is None else os.environ.update({RUN: launched})
+            for logger in self.trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    finish(logger, exit_code)
 
     def _interrupt(self, signum: int, frame: Any) -> None:
         """Stop; where the training happens in forked processes, tell those, and wait for their checkpoint."""
@@ -280,7 +340,7 @@ class AmortizedCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Measure the trained model on the test contexts."""
-        if self.trainer.fast_dev_run or self.trainer.interrupted:
+        if self.config_init.fit.trainer.fast_dev_run or self.trainer.interrupted:
             return
         last = checkpoint.newest(self.trainer.default_root_dir)
         if self.trainer.global_step == 0 and last is not None:  # the steps were made in forked processes
@@ -301,7 +361,7 @@ def _evaluated(model: dict[str, Any]) -> dict[str, Any]:
 def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:
     """Every setting of the run, as plain values."""
     command = str(cli.subcommand)
-    settings: dict[str, Any] = yaml.safe_load(cli._parser(command).dump(cli.config[command], skip_none=False))
+    settings: dict[str, Any] = yaml.safe_load(cli._parser(command).dump(cli.config[command], skip_unset=False))
     return settings
 
 
@@ -310,14 +370,23 @@ def main(args: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: 2 for a fault in the command line, recipe, problem or checkpoint, told in one line on standard error
-            (with ``AMORTIZED_DEBUG`` set in the environment the exception itself passes through); 128 + signal number when told to stop.
+            (with ``AMORTIZED_DEBUG`` set in the environment the exception itself passes through); 128 + the
+            signal's number when told to stop.
     """
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.seed"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",
+        "lightning.fabric.utilities.seed",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
+    environment = dict(os.environ)
     handlers = {number: signal.signal(number, raise_interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|args parameter is intended|recommended to use .self.log).*")
+            warnings.filterwarnings(
+                "ignore",
+                message=".*(does not have many workers|LeafSpec|args parameter is intended|recommended to use .self.log).*",
+            )
             AmortizedCLI(args)
     except (UsageError, ProblemError, checkpoint.CheckpointError, MisconfigurationException) as error:
         if os.environ.get("AMORTIZED_DEBUG"):
@@ -327,3 +396,5 @@ def main(args: list[str] | None = None) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        os.environ.clear()  # Lightning leaves its seed there
+        os.environ.update(environment)

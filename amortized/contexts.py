@@ -53,7 +53,9 @@ class Batch(NamedTuple):
 
 
 class ContextDataModule(LightningDataModule):
-    """Contexts for training and evaluation. Subclass and write one of
+    """Contexts for training and evaluation.
+
+    Subclass and write one of
 
     * ``sample(n, generator)``: a distribution ``p(a)``, drawn without end on the training device;
     * ``contexts(split)``: a finite set, a context of all N rows, or a map-style data set of single rows.
@@ -111,8 +113,10 @@ class ContextDataModule(LightningDataModule):
     # ---- batches as a function of (seed, split, number)
 
     def batch(self, split: str, number: int, device: torch.device | str = "cpu") -> Context:
-        """Batch ``number`` of a split. Training has no last batch: a finite set is passed through again and again, each
-        time in a new order, every context once a pass; evaluation batches cover their set once, the last may be short.
+        """Batch ``number`` of a split.
+
+        Training has no last batch: a finite set is passed through again and again, each time in a new order, every context
+        once a pass; evaluation batches cover their set once, the last may be short.
         """
         contexts = self._set(split)
         if contexts is None:
@@ -151,7 +155,9 @@ class ContextDataModule(LightningDataModule):
         while at < start + self.batch_size:
             turn, offset = divmod(at, n)
             if self._order is None or self._order[0] != turn:
-                order = torch.randperm(n, generator=torch.Generator().manual_seed(stream_seed(self.seed, "order", turn)))
+                order = torch.randperm(
+                    n, generator=torch.Generator().manual_seed(stream_seed(self.seed, "order", turn))
+                )
                 self._order = (turn, order)
             part = self._order[1][offset : offset + start + self.batch_size - at]
             parts.append(part)
@@ -160,7 +166,7 @@ class ContextDataModule(LightningDataModule):
 
     # ---- Lightning
 
-    def setup(self, stage: str) -> None:  # noqa: D102
+    def setup(self, stage: str) -> None:
         if stage == "fit":
             self.position = 0
 
@@ -181,16 +187,16 @@ class ContextDataModule(LightningDataModule):
             return batches
         return DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
-    def train_dataloader(self) -> Any:  # noqa: D102
+    def train_dataloader(self) -> Any:
         return self._deal("train")
 
-    def val_dataloader(self) -> Any:  # noqa: D102
+    def val_dataloader(self) -> Any:
         return self._deal("val")
 
-    def test_dataloader(self) -> Any:  # noqa: D102
+    def test_dataloader(self) -> Any:
         return self._deal("test")
 
-    def predict_dataloader(self) -> Any:  # noqa: D102
+    def predict_dataloader(self) -> Any:
         return self._deal("predict")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -211,10 +217,10 @@ class ContextDataModule(LightningDataModule):
         K = self.batches_per_step if split == "train" else 1
         return [self.batch(split, number * K + k, device) for k in range(K)]
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
 
 
@@ -274,7 +280,9 @@ def load_contexts(path: str | Path, like: Context) -> Context:
     if isinstance(saved, dict):
         names = getattr(like, "_fields", ())
         if set(saved) != set(names):
-            raise ProblemError(f"{path} has the fields {sorted(saved)}; the contexts have {list(names) or 'none (a tensor)'}")
+            raise ProblemError(
+                f"{path} has the fields {sorted(saved)}; the contexts have {list(names) or 'none (a tensor)'}"
+            )
         given = [saved[name] for name in names]
     else:
         given = [torch.as_tensor(saved)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+import re
+import secrets
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from amortized.checkpoint import digest_path
 
 
 class MetricsLogger(Logger):
@@ -34,19 +38,19 @@ class MetricsLogger(Logger):
             self._drop(drop_from)
 
     @property
-    def name(self) -> str:  # noqa: D102
+    def name(self) -> str:
         return ""
 
     @property
-    def version(self) -> str:  # noqa: D102
+    def version(self) -> str:
         return ""
 
     @property
-    def save_dir(self) -> str:  # noqa: D102
+    def save_dir(self) -> str:
         return str(self.path.parent)
 
     @property
-    def log_dir(self) -> str:  # noqa: D102
+    def log_dir(self) -> str:
         return str(self.path.parent)
 
     @rank_zero_only
@@ -54,7 +58,7 @@ class MetricsLogger(Logger):
         """Nothing: the run's ``config.yaml`` is the record."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # noqa: D102
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if self._lines is None:
             self._lines = self._read()
         step = len(self._lines) if step is None else step
@@ -64,7 +68,7 @@ class MetricsLogger(Logger):
             self.save()
 
     @rank_zero_only
-    def save(self) -> None:  # noqa: D102
+    def save(self) -> None:
         if not self._unsaved or self._lines is None:
             return
         names = sorted({name for line in self._lines.values() for name in line} - {"step"})
@@ -78,7 +82,7 @@ class MetricsLogger(Logger):
         self._unsaved = 0
 
     @rank_zero_only
-    def finalize(self, status: str) -> None:  # noqa: D102
+    def finalize(self, status: str) -> None:
         self.save()
 
     def _read(self) -> dict[int, dict[str, Any]]:
@@ -97,25 +101,54 @@ class MetricsLogger(Logger):
 
 
 def wandb_logger(folder: Path, mode: str, recipe: str, config: dict[str, Any]) -> WandbLogger:
-    """A logger for one W&B run that a resumed run continues: its id is the name of the run's folder.
+    """A logger for one W&B run. What resumes in the same folder continues that run: the folder holds its id.
 
     Args:
         folder: of the run; W&B's own files go there.
-        mode: ``"offline"`` needs no account; ``"online"`` does.
+        mode: ``"offline"`` needs no account; ``"online"`` does, unless the environment says otherwise (``WANDB_MODE``).
         recipe: its name, the group of the run.
         config: every setting of the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{recipe}-{folder.name}"
+    name = f"{recipe}-{folder.resolve().name}"
     return WandbLogger(
-        project="amortized", name=name, id=name, group=recipe, save_dir=str(folder), offline=mode == "offline", config=config, resume="allow"
+        project="amortized",
+        name=name,
+        id=wandb_id(folder) or f"{name}-{secrets.token_hex(4)}",
+        group=recipe,
+        save_dir=str(folder),
+        mode="offline" if mode == "offline" else None,  # Lightning's `offline` would change the environment
+        config=config,
+        resume="allow",
     )
 
 
+def wandb_id(folder: Path) -> str | None:
+    """The id of the W&B run that a run's folder holds; ``None`` if it holds none."""
+    runs = (re.fullmatch(r"(?:offline-)?run-(\d+_\d+)-(.+)", path.name) for path in (folder / "wandb").glob("*run-*"))
+    ids = sorted(run.groups() for run in runs if run)
+    return ids[-1][1] if ids else None
+
+
+def log_results(logger: WandbLogger, found: dict[str, dict[str, Any]], pictures: list[Path], step: int) -> None:
+    """Log the pictures of a run at a training step, and ``results.json`` as its summary: ``gap.mean`` and the others."""
+    for path in pictures:
+        logger.log_image(f"pictures/{path.stem}", [str(path)], step=step)
+    logger.experiment.summary.update({f"{group}.{k}": v for group, values in found.items() for k, v in values.items()})
+
+
 def log_checkpoint(logger: WandbLogger, path: Path) -> None:
-    """Log a checkpoint file as an artifact (Lightning's ``log_model`` is refused offline)."""
+    """Log a checkpoint file, with its SHA-256, as an artifact (Lightning's ``log_model`` is refused offline)."""
     import wandb
 
     artifact = wandb.Artifact(f"checkpoint-{logger.version}", type="model")
-    artifact.add_file(str(path))
+    for file in (path, digest_path(path)):
+        artifact.add_file(str(file))
     logger.experiment.log_artifact(artifact)
+
+
+def finish(logger: WandbLogger, exit_code: int) -> None:
+    """End the W&B run, if it began, so that the next run of this process does not go on in it."""
+    if logger._experiment is not None:
+        logger._experiment.finish(exit_code=exit_code)
+        logger._experiment = None

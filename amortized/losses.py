@@ -86,7 +86,9 @@ class RegressionLoss(Loss):
             target = getattr(a, self.field, None)
             if target is None:
                 fields = getattr(a, "_fields", ("a plain tensor",))
-                raise ProblemError(f"RegressionLoss: the context has no field {self.field!r}; it has {', '.join(fields)}")
+                raise ProblemError(
+                    f"RegressionLoss: the context has no field {self.field!r}; it has {', '.join(fields)}"
+                )
             return target
         assert self.solver is not None
         return self.cache.solutions(model, a, self.solver)

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 class GapRows(NamedTuple):
     """What was measured on each context, all of shape ``(B,)``; the columns of :class:`AmortizationGap`."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # not tuple.index
     """The context's place in the whole set; it orders the rows, whatever process measured them."""
     network: Tensor
     """``L`` of the prediction."""

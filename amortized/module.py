@@ -116,7 +116,7 @@ class AmortizedModule(LightningModule, abc.ABC):
 
     # ---- Lightning
 
-    def configure_optimizers(self) -> Any:  # noqa: D102
+    def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
             return optimizer
@@ -159,10 +159,10 @@ class AmortizedModule(LightningModule, abc.ABC):
         b = self(a)
         return {"b": b, "objective": evaluate(self, b, a), "decoded": self.decode(b, a)}
 
-    def on_validation_start(self) -> None:  # noqa: D102
+    def on_validation_start(self) -> None:
         self._synchronise_buffers(False)
 
-    def on_validation_end(self) -> None:  # noqa: D102
+    def on_validation_end(self) -> None:
         self._synchronise_buffers(True)
 
     on_test_start, on_test_end = on_validation_start, on_validation_end
@@ -172,10 +172,10 @@ class AmortizedModule(LightningModule, abc.ABC):
         if isinstance(self.trainer.model, DistributedDataParallel):
             self.trainer.model.require_forward_param_sync = enabled
 
-    def on_validation_epoch_end(self) -> None:  # noqa: D102
+    def on_validation_epoch_end(self) -> None:
         self._log_objective("val")
 
-    def on_test_epoch_end(self) -> None:  # noqa: D102
+    def on_test_epoch_end(self) -> None:
         self._log_objective("test")
 
     def _log_objective(self, split: str) -> None:

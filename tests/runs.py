@@ -1,4 +1,4 @@
-"""Runs of the command line in processes of their own that can be killed: forked from a server that has imported everything once."""
+"""Runs of the command line in processes that can be killed, forked from a server that has imported everything once."""
 
 import contextlib
 import csv

@@ -1,9 +1,9 @@
+import pytest
 import torch
 from toy import FiniteGaussians, Gaussians, LazyGaussians, Pairs
 
 from amortized.contexts import stream_seed
 from amortized.problem import num_rows
-import pytest
 
 
 @pytest.mark.parametrize("cls", [Gaussians, FiniteGaussians, LazyGaussians])
@@ -16,8 +16,11 @@ def test_batches_are_a_function_of_seed_split_and_number(cls):
 
 
 def test_splits_seeds_and_numbers_differ():
-    batches = [Gaussians(batch_size=256, seed=seed).batch(split, k) for seed in (0, 1) for split, k in
-               [("train", 0), ("train", 1), ("val", 0), ("val", 1), ("test", 0)]]
+    batches = [
+        Gaussians(batch_size=256, seed=seed).batch(split, k)
+        for seed in (0, 1)
+        for split, k in [("train", 0), ("train", 1), ("val", 0), ("val", 1), ("test", 0)]
+    ]
     rows = torch.cat(batches)
     assert len(rows.unique(dim=0)) == len(rows)
 

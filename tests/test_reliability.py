@@ -1,6 +1,5 @@
 """Runs that are killed or told to stop, and resumed, are bit for bit those that were not."""
 
-import os
 import random
 import signal
 import time
@@ -14,11 +13,32 @@ STEPS = 120
 
 
 def recipe(accumulate=1, workers=0, processes=1, data="toy.Gaussians", **model):
-    args = ["fit", "--model=toy.Quadratic", "--model.noise=0.3", "--model.dropout=0.2", f"--data={data}", "--data.batch_size=16"]
-    args += ["--data.num_val=64", "--data.num_test=64", f"--data.num_workers={workers}", "--gap.solver=LBFGS", "--gap.solver.steps=20"]
-    args += [f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=40", "--trainer.check_val_every_n_epoch=null"]
+    args = [
+        "fit",
+        "--model=toy.Quadratic",
+        "--model.noise=0.3",
+        "--model.dropout=0.2",
+        f"--data={data}",
+        "--data.batch_size=16",
+    ]
+    args += [
+        "--data.num_val=64",
+        "--data.num_test=64",
+        f"--data.num_workers={workers}",
+        "--gap.solver=LBFGS",
+        "--gap.solver.steps=20",
+    ]
+    args += [
+        f"--trainer.max_steps={STEPS}",
+        "--trainer.val_check_interval=40",
+        "--trainer.check_val_every_n_epoch=null",
+    ]
     args += ["--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--checkpoint.every_n_steps=7"]
-    args += [f"--trainer.accumulate_grad_batches={accumulate}", "--trainer.enable_progress_bar=false", "--budget.enabled=false"]
+    args += [
+        f"--trainer.accumulate_grad_batches={accumulate}",
+        "--trainer.enable_progress_bar=false",
+        "--budget.enabled=false",
+    ]
     args += [f"--trainer.devices={processes}"] + (["--trainer.strategy=ddp_fork"] if processes > 1 else [])
     return args
 
@@ -47,7 +67,11 @@ def fit_with_kills(args, kills, rng, length):
             break
         if rng.random() < 0.4:  # just around a save
             before = {p.name for p in folder.glob("checkpoints/*")} | {p.name for p in folder.glob("checkpoints/.*")}
-            run.wait_for(lambda before=before: {p.name for p in [*folder.glob("checkpoints/*"), *folder.glob("checkpoints/.*")]} - before)
+            run.wait_for(
+                lambda before=before: (
+                    {p.name for p in [*folder.glob("checkpoints/*"), *folder.glob("checkpoints/.*")]} - before
+                )
+            )
             time.sleep(rng.uniform(0, 0.01))
         else:
             run.wait_for(lambda: (folder / "config.yaml").exists())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amortized.solvers import LBFGS, Adam, GradientDescent, Solver, Status
+from amortized.solvers import BFGS, LBFGS, Adam, GradientDescent, Solver, Status
 
 
 class Curvature(NamedTuple):
@@ -63,8 +63,10 @@ SOLVERS = {
     "momentum": lambda: GradientDescent(steps=3000, lr=0.3, momentum=0.8),
     "learned steps": lambda: GradientDescent(steps=3000, lr=0.5, learn_lr=True, per_step=True),
     "adam": lambda: Adam(steps=3000),
-    "lbfgs": lambda: LBFGS(),
-    "lbfgs in lanes": lambda: LBFGS(memory=3, lanes=4),
+    "bfgs": lambda: BFGS(),
+    "lbfgs": lambda: LBFGS(dense=0),
+    "lbfgs, small n": lambda: LBFGS(),
+    "lbfgs in lanes": lambda: LBFGS(memory=3, lanes=4, dense=0),
 }
 each_solver = pytest.mark.parametrize("solver", [make() for make in SOLVERS.values()], ids=list(SOLVERS))
 
@@ -84,7 +86,9 @@ def test_bowl(solver: Solver, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.value, Bowl().objective(found.b, a))
 
 
-@pytest.mark.parametrize("solver", [LBFGS(), LBFGS(memory=2), LBFGS(lanes=7)], ids=["lbfgs", "memory 2", "lanes 7"])
+@pytest.mark.parametrize(
+    "solver", [LBFGS(dense=0), LBFGS(memory=2, dense=0), BFGS(lanes=7)], ids=["lbfgs", "memory 2", "bfgs, lanes 7"]
+)
 def test_rosenbrock(solver: Solver) -> None:
     a, b = valleys()
     found = solver.solve(Rosenbrock(), a, b)
@@ -276,7 +280,7 @@ def test_first_order_gradients_take_the_inner_gradient_as_constant() -> None:
     torch.testing.assert_close(one, expected)
 
 
-@pytest.mark.parametrize("solver", [GradientDescent(steps=6, lr=0.5), Adam(steps=6), LBFGS(steps=6)])
+@pytest.mark.parametrize("solver", [GradientDescent(steps=6, lr=0.5), Adam(steps=6), LBFGS(steps=6), BFGS(steps=6)])
 def test_refining_helps_and_reaches_the_start(solver: Solver) -> None:
     a, b = bowls()
     b.requires_grad_()

@@ -31,13 +31,13 @@ class Checkpoint(callbacks.Checkpoint):
         self.best = float("inf")
         self.saved: list[str] = []
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "saved": self.saved}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.saved = state_dict["best"], state_dict["saved"]
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.directory = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
 
     def save(self, trainer: Trainer) -> Path:
@@ -58,13 +58,17 @@ class Checkpoint(callbacks.Checkpoint):
             trainer.strategy.remove_checkpoint(self.directory / name)
         return path
 
-    def on_train_batch_end(  # noqa: D102
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps == 0 and between_steps(trainer) and not validates_now(trainer, batch_idx):
+        if (
+            trainer.global_step % self.every_n_steps == 0
+            and between_steps(trainer)
+            and not validates_now(trainer, batch_idx)
+        ):
             self.save(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or not between_steps(trainer):
             return
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
@@ -74,7 +78,7 @@ class Checkpoint(callbacks.Checkpoint):
         if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step and between_steps(trainer):
             self.save(trainer)
 
@@ -129,13 +133,13 @@ class Interrupt(callbacks.Callback):
         self._validate = False
         self._handlers: dict[int, Any] = {}
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return {"validate": self._validate}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validate = state_dict["validate"]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.signum = 0
         if self._validate:
             self._validate = False
@@ -149,7 +153,7 @@ class Interrupt(callbacks.Callback):
 
         self._handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def on_train_batch_end(  # noqa: D102
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not between_steps(trainer):
@@ -161,7 +165,7 @@ class Interrupt(callbacks.Callback):
             self._save(trainer, self.signum, validate=validates_now(trainer, batch_idx))
             raise Interrupted(self.signum)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: D102
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
         if isinstance(exception, Interrupted) and trainer.validating and trainer.state.fn == "fit":
             self._save(trainer, exception.signum, validate=True)
@@ -170,9 +174,11 @@ class Interrupt(callbacks.Callback):
         self._validate = validate
         path = self.checkpoint.save(trainer)
         if trainer.is_global_zero:
-            print(f"\nstopped by {signal.Signals(signum).name} at step {trainer.global_step}; continue with --ckpt_path {path}")
+            print(
+                f"\nstopped by {signal.Signals(signum).name} at step {trainer.global_step}; continue with --ckpt_path {path}"
+            )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
 
     def _restore(self) -> None:

@@ -87,7 +87,9 @@ class GapMonitor(Callback):
         self.example = None
 
     def _skips(self, trainer: Trainer) -> bool:
-        return trainer.sanity_checking or (trainer.state.fn == "fit" and self._validations % self.every_n_validations > 0)
+        return trainer.sanity_checking or (
+            trainer.state.fn == "fit" and self._validations % self.every_n_validations > 0
+        )
 
     def _measure(self, trainer: Trainer, module: Any, b: Tensor, a: Context, number: int, size: int) -> None:
         started = time.perf_counter()
@@ -101,29 +103,45 @@ class GapMonitor(Callback):
     def _finish(self, trainer: Trainer, module: LightningModule, split: str) -> None:
         statistics = self.metric.compute()
         self.results = {name: float(value) for name, value in statistics.items()}
-        module.log_dict({f"{split}/gap/{name}": value.float() for name, value in statistics.items()}, rank_zero_only=False)
+        module.log_dict(
+            {f"{split}/gap/{name}": value.float() for name, value in statistics.items()}, rank_zero_only=False
+        )
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer, pl_module)
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer, pl_module)
 
-    def on_validation_batch_end(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if not self._skips(trainer):
-            self._measure(trainer, pl_module, outputs, batch, batch_idx * trainer.world_size + trainer.global_rank, 2**20)
+            self._measure(
+                trainer, pl_module, outputs, batch, batch_idx * trainer.world_size + trainer.global_rank, 2**20
+            )
 
-    def on_test_batch_end(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._measure(trainer, pl_module, outputs, batch, batch_idx * trainer.world_size + trainer.global_rank, 2**20)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._skips(trainer):
             self._finish(trainer, pl_module, "val")
         self._validations += trainer.state.fn == "fit" and not trainer.sanity_checking
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, pl_module, "test")

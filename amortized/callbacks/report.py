@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
 from amortized.callbacks.budget import Budget, BudgetMonitor
 from amortized.callbacks.gap import GapMonitor
+from amortized.loggers import log_results
 from amortized.metrics import GapRows
 from amortized.module import AmortizedModule
 from amortized.problem import take
@@ -27,7 +29,13 @@ def results(gap: dict[str, float], budget: Budget | None) -> dict[str, Any]:
     batch, ``time.equal_quality_ratio`` the solver's time to the network's mean objective over the network's time
     (``null``: never reached, or not measured), ``time.rival`` the solver it was. What is not finite is ``null``.
     """
-    time = {"network": None, "solver": None, "equal_quality_ratio": None, "contexts": None, "rival": None}
+    time: dict[str, Any] = {
+        "network": None,
+        "solver": None,
+        "equal_quality_ratio": None,
+        "contexts": None,
+        "rival": None,
+    }
     if budget is not None:
         time = {
             "network": budget.network_seconds,
@@ -36,7 +44,7 @@ def results(gap: dict[str, float], budget: Budget | None) -> dict[str, Any]:
             "contexts": budget.contexts,
             "rival": budget.rival,
         }
-    found = {
+    found: dict[str, dict[str, Any]] = {
         "objective": {"network": gap["network"], "solver": gap["reference"]},
         "gap": {name: gap[name] for name in ("mean", "median", "p95", "relative", "stderr")},
         "rows": {"total": int(gap["total"]), **{name: gap[name] for name in ("converged", "diverged", "lost")}},
@@ -67,7 +75,10 @@ def table(found: dict[str, Any], name: str, objective: str) -> str:
         rows += [
             (f"time for {t['contexts']} contexts, network", f"{1e3 * t['network']:.3g} ms"),
             (f"                        {t['rival']}, to its end", f"{1e3 * t['solver']:.3g} ms"),
-            (f"                        {t['rival']}, to the network's quality", f"{reached:.3g}x the network's" if reached else "never reached"),
+            (
+                f"                        {t['rival']}, to the network's quality",
+                f"{reached:.3g}x the network's" if reached else "never reached",
+            ),
         ]
     width = max(len(label) for label, _ in rows) + 2
     lines = [f"{label:<{width}}{value:>20}" for label, value in rows]
@@ -86,7 +97,11 @@ def draw_gap(rows: GapRows, objective: str) -> Figure:
     axes = figure.subplots()
     if len(gap):
         axes.hist(gap.numpy(), bins=40, color="#4c78a8")
-        for name, value, style in (("mean", gap.mean(), "-"), ("median", gap.median(), "--"), ("95 %", gap.quantile(0.95), ":")):
+        for name, value, style in (
+            ("mean", gap.mean(), "-"),
+            ("median", gap.median(), "--"),
+            ("95 %", gap.quantile(0.95), ":"),
+        ):
             axes.axvline(float(value), color="black", linestyle=style, linewidth=1, label=f"{name} {float(value):.3g}")
         axes.legend(frameon=False)
     lost = len(rows.gap) - len(gap)
@@ -100,7 +115,12 @@ def draw_budget(budget: Budget, objective: str) -> Figure:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for curve in budget.curves:
-        axes.plot([1e3 * t for t in curve.seconds], curve.objective, label=curve.name, linewidth=2 if curve.name == budget.rival else 1)
+        axes.plot(
+            [1e3 * t for t in curve.seconds],
+            curve.objective,
+            label=curve.name,
+            linewidth=2 if curve.name == budget.rival else 1,
+        )
     axes.axhline(budget.network_objective, color="black", linewidth=0.5, linestyle=":")
     axes.plot(1e3 * budget.network_seconds, budget.network_objective, "k*", markersize=12, label="network")
     axes.set(xscale="log", xlabel=f"milliseconds for {budget.contexts} contexts", ylabel=f"mean {objective}")
@@ -125,7 +145,7 @@ class Report(Callback):
     def __init__(self, name: str, gap: GapMonitor, budget: BudgetMonitor | None = None, examples: int = 8) -> None:
         self.name, self.gap, self.budget, self.examples = name, gap, budget, examples
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not isinstance(pl_module, AmortizedModule):
             return
         directory = Path(trainer.default_root_dir)
@@ -139,10 +159,9 @@ class Report(Callback):
             path.parent.mkdir(exist_ok=True)
             figure.savefig(path, dpi=120)
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                for name in pictures:
-                    logger.log_image(f"pictures/{name}", [str(directory / "pictures" / f"{name}.png")])
-                logger.experiment.summary.update({f"{g}.{k}": v for g, values in found.items() for k, v in values.items()})
+            if isinstance(logger, WandbLogger):
+                paths = [directory / "pictures" / f"{name}.png" for name in pictures]
+                log_results(logger, found, paths, trainer.global_step)
         print(f"\n{table(found, self.name, pl_module.objective_name)}\nwritten to {directory}")
 
     def _pictures(self, module: AmortizedModule, budget: Budget | None) -> dict[str, Figure]:

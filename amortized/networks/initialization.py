@@ -24,5 +24,5 @@ class LearnedInitialization(nn.Module):
         super().__init__()
         self.b = nn.Parameter(torch.zeros(out_features))
 
-    def forward(self, a: Context) -> Tensor:  # noqa: D102
+    def forward(self, a: Context) -> Tensor:
         return self.b.expand(num_rows(a), -1)

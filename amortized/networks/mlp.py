@@ -33,5 +33,5 @@ class MLP(nn.Sequential):
             layers += [nn.Linear(inward, outward), ACTIVATIONS[activation]()]
         super().__init__(*layers, nn.Linear(widths[-1], out_features))
 
-    def forward(self, a: Context) -> Tensor:  # noqa: D102
+    def forward(self, a: Context) -> Tensor:
         return super().forward(torch.cat([leaf.flatten(1) for leaf in leaves(a)], 1))

@@ -41,7 +41,7 @@ class DeepSet(nn.Module):
         self.phi = MLP(in_features, features, hidden, activation)
         self.rho = MLP(features, out_features, hidden, activation)
 
-    def forward(self, a: Context) -> Tensor:  # noqa: D102
+    def forward(self, a: Context) -> Tensor:
         x = elements(a, self.fields)
         return self.rho(self.phi(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1))
 
@@ -82,7 +82,7 @@ class SetTransformer(nn.Module):
         self.attend = nn.TransformerEncoder(layer, layers, nn.LayerNorm(features), enable_nested_tensor=False)
         self.readout = nn.Linear(features, out_features)
 
-    def forward(self, a: Context) -> Tensor:  # noqa: D102
+    def forward(self, a: Context) -> Tensor:
         return self.readout(self.attend(self.embed(elements(a, self.fields))).mean(1))
 
 

@@ -39,7 +39,7 @@ class Classification(AmortizedModule):
 
     objective_name = "cross-entropy (nats)"
 
-    def objective(self, b: Tensor, a: Labelled) -> Tensor:  # noqa: D102
+    def objective(self, b: Tensor, a: Labelled) -> Tensor:
         return -(a.target * b.log_softmax(1)).sum(1)
 
     def optimum(self, a: Labelled) -> Tensor:
@@ -91,7 +91,7 @@ class LabelledDigits(ContextDataModule):
             raise ValueError(f"smoothing must be in (0, 1), or the optimum would be infinite; got {smoothing}")
         self.smoothing = smoothing
 
-    def contexts(self, split: str) -> Labelled:  # noqa: D102
+    def contexts(self, split: str) -> Labelled:
         digits = load_digits()
         order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))
         first, last = {"train": (0, 1257), "val": (1257, 1437), "test": (1437, 1797)}[split]
@@ -100,7 +100,7 @@ class LabelledDigits(ContextDataModule):
         target = (1 - self.smoothing) * one_hot(label, 10) + self.smoothing / 10
         return Labelled(image[chosen], target[chosen])
 
-    def augment(self, a: Labelled, generator: torch.Generator) -> Labelled:  # noqa: D102
+    def augment(self, a: Labelled, generator: torch.Generator) -> Labelled:
         turn, scale, *shift = 2 * torch.rand(4, len(a.image), generator=generator, device=generator.device) - 1
         cos, sin = (1 + 0.1 * scale) * torch.cos(0.2 * turn), (1 + 0.1 * scale) * torch.sin(0.2 * turn)
         right, down = (0.25 * s for s in shift)  # of the image's half width: one pixel at most

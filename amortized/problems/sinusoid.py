@@ -60,7 +60,7 @@ class Sinusoid(AmortizedModule):
         self.w0: Tensor
         self.register_buffer("w0", parameters_to_vector(nn.Sequential(*layers).parameters()).detach())
 
-    def objective(self, b: Tensor, a: Task) -> Tensor:  # noqa: D102
+    def objective(self, b: Tensor, a: Task) -> Tensor:
         return (self.predict(b, a.query_x) - a.query_y).square().mean(1)
 
     def predict(self, b: Tensor, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class SinusoidContexts(ContextDataModule):
         super().__init__(**kwargs)
         self.shots, self.queries = shots, queries
 
-    def sample(self, n: int, generator: torch.Generator) -> Task:  # noqa: D102
+    def sample(self, n: int, generator: torch.Generator) -> Task:
         u = torch.rand(n, 2 + self.shots + self.queries, generator=generator, device=generator.device)
         amplitude, phase, x = 0.1 + 4.9 * u[:, :1], math.pi * u[:, 1:2], 10 * u[:, 2:] - 5
         y = amplitude * torch.sin(x - phase)

@@ -56,7 +56,7 @@ class Sphere(AmortizedModule):
         super().__init__(network, **kwargs)
         self.gamma = gamma
 
-    def objective(self, b: Tensor, a: Bowls) -> Tensor:  # noqa: D102
+    def objective(self, b: Tensor, a: Bowls) -> Tensor:
         return self.function(normalize(b, dim=1), a) + (vector_norm(b, dim=1) - 1).square()
 
     def function(self, x: Tensor, a: Bowls) -> Tensor:
@@ -99,7 +99,7 @@ class Sphere(AmortizedModule):
 class SphereContexts(ContextDataModule):
     """Functions without end: M = 4 centres uniform on the sphere, offsets uniform on [0, 0.7]."""
 
-    def sample(self, n: int, generator: torch.Generator) -> Bowls:  # noqa: D102
+    def sample(self, n: int, generator: torch.Generator) -> Bowls:
         centres = torch.randn(n, 4, 3, generator=generator, device=generator.device)
         offsets = 0.7 * torch.rand(n, 4, generator=generator, device=generator.device)
         return Bowls(normalize(centres, dim=2), offsets)

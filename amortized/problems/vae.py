@@ -46,7 +46,13 @@ class VAE(AmortizedModule):
     objective_name = "negative ELBO (nats)"
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, latent: int = 8, samples: int = 1, eval_samples: int = 32, **kwargs: Any
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent: int = 8,
+        samples: int = 1,
+        eval_samples: int = 32,
+        **kwargs: Any,
     ) -> None:
         super().__init__(nn.Sequential(encoder, nn.Unflatten(1, (2, latent))), **kwargs)
         self.decoder = decoder

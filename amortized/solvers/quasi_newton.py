@@ -1,0 +1,145 @@
+"""What quasi-Newton methods share: a line search for every row, along directions from curvature that the rows learn."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amortized.solvers import line_search
+from amortized.solvers.base import GradientSolver
+from amortized.solvers.line_search import Search
+
+
+class Walk(NamedTuple):
+    """An accepted point, a direction from it, and a trial point on the way."""
+
+    b: Tensor
+    """The trial point."""
+    iterations: Tensor
+    point: Tensor
+    value: Tensor
+    grad: Tensor
+    direction: Tensor
+    slope: Tensor
+    search: Search
+    steepest: Tensor
+    """Whether the direction is steepest descent, with nothing left to fall back to ``(L,)``."""
+    stalled: Tensor
+    curvature: Any
+
+
+class QuasiNewton(GradientSolver):
+    r"""``b ← b − t H ∇L(b; a)``: H from the steps s and gradient changes y, t from a line search of each row's own.
+
+    A round evaluates one trial step of every row, so rows never wait for each other's line searches. A row whose line
+    search fails starts over from steepest descent; where that fails too it has reached its precision, and ends as
+    ``LIMIT``.
+
+    A subclass writes :meth:`ignorant`, :meth:`learn` and :meth:`forget`.
+
+    Args:
+        steps: evaluations after the first, at most; in :meth:`iterates`, the number of iterates.
+        tol: gradient norm at which a row is finished; None chooses by dtype.
+        noise: relative rounding of the objective that the line search allows for; None chooses by dtype (ε^⅔: 4e-11
+            in float64, 2e-5 in float32). Much smaller values stall on ill-conditioned rows.
+        unroll: last steps whose gradients are differentiated; None all, 0 none (first-order).
+        lanes: rows at work at a time; None chooses so that the state stays in cache on a CPU, and takes all on a GPU.
+        compile: fuse each round with ``torch.compile``; see :class:`~amortized.solvers.GradientSolver`.
+    """
+
+    recovers = True
+
+    def __init__(
+        self,
+        steps: int = 1000,
+        tol: float | None = None,
+        noise: float | None = None,
+        unroll: int | None = None,
+        lanes: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(steps, tol, unroll, lanes, compile)
+        self.noise = noise
+
+    @abc.abstractmethod
+    def ignorant(self, b: Tensor) -> Any:
+        """The curvature of rows at ``b`` before their first step, H = 1: a ``NamedTuple`` of row tensors."""
+
+    @abc.abstractmethod
+    def learn(
+        self, walk: Walk, s: Tensor, y: Tensor, grad: Tensor, accepted: Tensor, paired: Tensor
+    ) -> tuple[Any, Tensor]:
+        """The curvature, with the pair ``(s, y)`` in the ``paired`` rows, and ``H grad`` with it.
+
+        What it returns of the curvature may be written in place, unless gradients are on.
+        """
+
+    @abc.abstractmethod
+    def forget(self, curvature: Any, rows: Tensor) -> Any:
+        """The curvature, with H = 1 in the named rows ``(L,)``."""
+
+    def first_trial(self, grad: Tensor) -> Tensor:
+        """A step along −grad that moves at most 1 in all: 1 / ‖g‖₁, or 1 where the gradient is small."""
+        return (1 / grad.abs().sum(self.across)).clamp(max=1)
+
+    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> Walk:
+        """Steepest descent, with a first trial of length at most 1."""
+        value, g = value.detach(), grad.detach()
+        slope = -self.dot(g, g)
+        search = line_search.start(self.first_trial(g), value, slope)
+        everywhere = torch.ones_like(value, dtype=torch.bool)
+        none = torch.zeros_like(value, dtype=torch.int32)
+        trial = b - self.wide(search.t) * grad
+        return Walk(
+            trial, none, b, value, grad, -grad, slope, search, everywhere, ~everywhere, self.ignorant(b.detach())
+        )
+
+    def step(self, state: Walk, value: Tensor, grad: Tensor) -> Walk:
+        """One look of the line search, and where it accepts, a new direction."""
+        value, g = value.detach(), grad.detach()
+        slope = self.dot(g, state.direction.detach())
+        noise = torch.finfo(g.dtype).eps ** (2 / 3) if self.noise is None else self.noise
+        accepted, search = line_search.look(state.search, value, slope, state.value, state.slope, noise)
+        given_up = ~accepted & (search.trials >= line_search.TRIALS)
+
+        s, y = state.b.detach() - state.point.detach(), g - state.grad.detach()
+        paired = accepted & (self.dot(s, y) > 1e-12 * (self.dot(s, s) * self.dot(y, y)).sqrt())
+        curvature, toward = self.learn(state, s, y, grad, accepted, paired)
+        direction = -toward
+        new_slope = self.dot(direction.detach(), g)
+        unfit = accepted & ~(new_slope < 0)
+        restart = (given_up & ~state.steepest) | unfit
+
+        to, back = self.wide(accepted), self.wide(restart)
+        point, point_grad = torch.where(to, state.b, state.point), torch.where(to, grad, state.grad)
+        value = torch.where(accepted, value, state.value)
+        direction = torch.where(back, -point_grad, torch.where(to, direction, state.direction))
+        known = point_grad.detach()
+        slope = torch.where(restart, -self.dot(known, known), torch.where(accepted, new_slope, state.slope))
+        first = torch.where(restart, self.first_trial(known), 1.0)
+        anew = line_search.start(first, value, slope)
+        search = Search(*(torch.where(accepted | restart, p, q) for p, q in zip(anew, search, strict=True)))
+        return Walk(
+            b=point + self.wide(search.t) * direction,
+            iterations=state.iterations + accepted,
+            point=point,
+            value=value,
+            grad=point_grad,
+            direction=direction,
+            slope=slope,
+            search=search,
+            steepest=restart | (state.steepest & ~paired),
+            stalled=given_up & state.steepest,
+            curvature=self.forget(curvature, restart),
+        )
+
+    def stalled(self, state: Walk) -> Tensor:
+        """Rows whose steepest descent finds nothing lower."""
+        return state.stalled
+
+    def visited(self, state: Walk) -> Tensor:
+        """The accepted point; the trial beyond it may be worse."""
+        return state.point

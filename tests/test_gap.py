@@ -1,0 +1,205 @@
+"""The gap is exact on any number of processes, each context counted once, and honest about what it does not know."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning import Trainer
+from runs import Run, metrics
+from toy import FiniteGaussians, Gaussians, Quadratic
+
+from amortized.callbacks import GapMonitor, measure_gap
+from amortized.metrics import AmortizationGap, GapRows, gap_statistics
+from amortized.solvers import LBFGS, GradientDescent
+
+
+def trainer(*callbacks, **kwargs):
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        **kwargs,
+    )
+
+
+def rows(network, reference, cold=None, converged=None):
+    n = len(network)
+    as_tensor = lambda x, default: torch.tensor(x if x is not None else default, dtype=torch.float64)  # noqa: E731
+    return GapRows(
+        torch.arange(n),
+        torch.tensor(network),
+        torch.tensor(reference),
+        as_tensor(cold, reference),
+        as_tensor(converged, [1.0] * n),
+        torch.ones(n),
+    )
+
+
+def test_statistics():
+    found = gap_statistics(
+        rows([3.0, 2.0, 5.0, 1.0], [1.0, 2.5, 1.0, 1.0], cold=[1.0, 2.5, 6.0, 1.0], converged=[1, 1, 0, 1])
+    )
+    assert float(found["mean"]) == pytest.approx(5.5 / 4)
+    assert float(found["median"]) == pytest.approx(1.0)
+    assert float(found["p95"]) == pytest.approx(torch.quantile(torch.tensor([2.0, -0.5, 4.0, 0.0]), 0.95).item())
+    assert float(found["relative"]) == pytest.approx(5.5 / 5.5)
+    assert float(found["converged"]) == 0.75
+    assert float(found["lost"]) == 0.5  # the cold solver alone: 2.5 > 2 and 6 > 5
+    assert float(found["diverged"]) == 0
+
+
+def test_rows_that_are_not_finite_are_counted_and_left_out_of_the_mean():
+    found = gap_statistics(rows([3.0, float("nan"), 2.0], [1.0, 1.0, float("inf")]))
+    assert float(found["mean"]) == 2.0
+    assert float(found["diverged"]) == pytest.approx(2 / 3)
+    assert float(found["total"]) == 3
+
+
+def test_nothing_measured_is_not_zero_gap():
+    found = AmortizationGap().compute()
+    assert torch.isnan(found["mean"])
+    assert float(found["total"]) == 0
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_gap_of_a_known_problem(noise):
+    problem = Quadratic(noise=noise).eval()
+    a = torch.randn(50, 3)
+    b = 2 * a + torch.randn(50, 3)
+    measured, best = measure_gap(problem, a, b, LBFGS(steps=100), torch.arange(50))
+    gap = (b - 2 * a).square().sum(1)
+    if (
+        noise
+    ):  # a solver cannot see through its fixed draws: off by noise^2 / 4 a dimension, and the noise of the evaluation
+        assert abs(float(measured.gap.mean()) - float(gap.mean()) + 3 * noise**2 / 4) < 0.5
+    else:
+        assert torch.allclose(measured.gap, gap.double(), atol=1e-4)
+        assert torch.allclose(best, 2 * a, atol=1e-3)
+        assert (measured.converged == 1).all()
+
+
+def test_the_reference_is_the_better_of_cold_and_warm_and_says_when_cold_lost():
+    problem = Quadratic().eval()
+    a = torch.randn(40, 3)
+    b = 2 * a + 1e-3
+    measured, _ = measure_gap(problem, a, b, GradientDescent(steps=1, lr=1e-3), torch.arange(40))
+    assert (measured.reference <= measured.network).all()
+    found = gap_statistics(measured)
+    assert float(found["lost"]) == 1.0
+    assert float(found["converged"]) == 0.0
+
+
+def test_fit_validate_test_and_predict_in_one_process():
+    module, data, monitor = Quadratic(), Gaussians(num_val=96, num_test=96), GapMonitor(LBFGS(steps=30))
+    fit = trainer(monitor, max_steps=20, val_check_interval=10, check_val_every_n_epoch=None)
+    fit.fit(module, data)
+    assert monitor.results["total"] == 96
+    for command in ("validate", "test"):
+        monitor.results = {}
+        found = getattr(fit, command)(module, data, verbose=False)[0]
+        split = {"validate": "val", "test": "test"}[command]
+        assert found[f"{split}/gap/total"] == 96
+        assert found[f"{split}/gap/mean"] == pytest.approx(monitor.results["mean"], rel=1e-6)
+        assert monitor.results["converged"] == 1.0
+    assert sum(len(batch["b"]) for batch in fit.predict(module, data)) == 96
+
+
+def test_contexts_of_a_test_do_not_move_the_random_numbers_of_training():
+    curves = []
+    for monitored in (False, True):
+        torch.manual_seed(0)
+        module = Quadratic(noise=0.5, dropout=0.1)
+        callbacks = [GapMonitor(LBFGS(steps=10))] if monitored else []
+        trainer(*callbacks, max_steps=9, val_check_interval=3, check_val_every_n_epoch=None).fit(
+            module, Gaussians(num_val=64)
+        )
+        curves.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*curves)
+
+
+@pytest.mark.parametrize("noise", [0, 0.3])
+def test_processes_agree_to_1e_6(noise):
+    """N = 833, which neither 2 nor 3 divides; a network with buffers; one rank of three has fewer batches."""
+    args = [
+        "fit",
+        "--model=toy.Quadratic",
+        f"--model.noise={noise}",
+        "--model.batch_norm=true",
+        "--data=toy.FiniteGaussians",
+    ]
+    args += ["--data.eval_batch_size=200", "--trainer.max_steps=12", "--trainer.val_check_interval=6"]
+    args += [
+        "--trainer.check_val_every_n_epoch=null",
+        "--gap.solver=LBFGS",
+        "--gap.solver.steps=40",
+        "--trainer.accelerator=cpu",
+    ]
+    args += ["--trainer.enable_progress_bar=false", "--budget.enabled=false"]
+    first = Run([*args, "--run_folder=fit"])
+    assert first.wait() == 0, first.output()
+    args = ["test", *args[1:], "--ckpt_path=fit/checkpoints/step=00000012.ckpt"]
+    found, predicted = {}, {}
+    for processes in (1, 2, 3):
+        strategy = ["--trainer.strategy=ddp_fork"] if processes > 1 else []
+        for command in ("test", "predict"):
+            run = Run(
+                [command, *args[1:], f"--trainer.devices={processes}", *strategy, f"--run_folder={command}-{processes}"]
+            )
+            assert run.wait() == 0, run.output()
+        found[processes] = json.loads(Path(f"test-{processes}/results.json").read_text())
+        predicted[processes] = np.load(f"predict-{processes}/predictions.npz")
+    for processes in (2, 3):
+        for group in ("gap", "rows", "objective"):
+            for name, value in found[1][group].items():
+                assert found[processes][group][name] == pytest.approx(value, abs=1e-6), (processes, group, name)
+        for key in predicted[1]:
+            assert np.allclose(predicted[processes][key], predicted[1][key], atol=1e-6)
+    assert found[1]["rows"]["total"] == 833
+    assert found[1]["gap"]["mean"] > 0.01
+
+
+def test_the_usual_pattern_is_wrong_on_the_same_contexts():
+    """A padding sampler and means of means: what the framework is there to prevent."""
+    from torch.utils.data import DistributedSampler
+
+    data = FiniteGaussians(num_eval=833)
+    values = data.contexts("test").square().sum(1)
+    exact = values.mean()
+    padded = []
+    for rank in range(3):
+        sampler = DistributedSampler(range(833), num_replicas=3, rank=rank, shuffle=False)
+        padded.append(values[torch.tensor(list(sampler))])
+    assert sum(map(len, padded)) == 834
+    assert abs(torch.stack([part.mean() for part in padded]).mean() - exact) > 1e-6
+
+
+def test_metrics_file_has_the_curves(tmp_path):
+    from amortized.cli import main
+
+    main(
+        [
+            "fit",
+            "--model=toy.Quadratic",
+            "--data=toy.Gaussians",
+            "--data.num_val=64",
+            "--data.num_test=64",
+            "--trainer.max_steps=20",
+            "--trainer.val_check_interval=10",
+            "--trainer.check_val_every_n_epoch=null",
+            "--trainer.log_every_n_steps=5",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+            "--budget.enabled=false",
+            "--run_folder=run",
+        ]
+    )
+    lines = metrics("run")
+    assert [line["step"] for line in lines if line["train/loss"]] == ["4", "9", "14", "19"]
+    assert [line["step"] for line in lines if line["val/gap/mean"]] == ["9", "19"]
+    assert [line["step"] for line in lines if line["test/gap/p95"]] == ["20"]
