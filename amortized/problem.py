@@ -152,8 +152,7 @@ def check_objective(problem: Problem, b: Tensor, a: Context) -> None:
         if not torch.isfinite(value).all():
             row = int((~torch.isfinite(value)).nonzero()[0])
             raise ProblemError(
-                f"{name} is {float(value[row].detach())} in row {row} of the first batch "
-                f"(b of that row: {b[row].flatten()[:4]}...); "
+                f"{name} is {value.detach()[row]:g} in row {row} of the first batch (its b: {b[row].flatten()[:4].tolist()}...); "
                 "every real b must be legal: map it into the domain (softmax, softplus, ...) inside the objective."
             )
         if not value.requires_grad:
