@@ -114,10 +114,9 @@ def _bases() -> tuple[type, ...]:
 
 
 def _subclasses(cls: type) -> list[type]:
-    below: list[type] = []
-    for child in cls.__subclasses__():
-        below += [child] * child.__module__.startswith("amortized") + _subclasses(child)
-    return below
+    children: list[type] = cls.__subclasses__()
+    below = [c for child in children for c in (child, *_subclasses(child))]
+    return [c for c in below if c.__module__.startswith("amortized")]
 
 
 class SaveRecipe(SaveConfigCallback):
