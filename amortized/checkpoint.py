@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -22,6 +24,13 @@ RECIPE = "amortized_recipe"
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why, and which one can."""
+
+
+Check: TypeAlias = Callable[[Path, dict[str, Any]], None]
+
+
+def accept(path: Path, checkpoint: dict[str, Any]) -> None:
+    """The condition on a checkpoint that always holds."""
 
 
 def digest_path(path: str | Path) -> Path:
@@ -53,60 +62,84 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: str | Path, check: Check = accept) -> dict[str, Any]:
     """Read a checkpoint on the CPU, executing nothing in it.
+
+    Args:
+        path: of the file.
+        check: a further condition; it raises a :class:`CheckpointError` where it does not hold.
 
     Raises:
         CheckpointError: if it is missing, incomplete, changed since it was written, not a plain checkpoint (a pickle that
-            would run code), or holds NaN or infinite weights. The message names the newest good checkpoint beside it.
+            would run code), holds NaN or infinite weights, or does not pass the check. The message names the newest
+            checkpoint of that folder that is good, and passes.
     """
     path = Path(path)
     try:
-        return _load(path)
+        return _load(path, check)
     except CheckpointError as error:
-        good = newest(path.parent, but=path)
+        good = newest(path.parent, check, but=path)
         hint = f"the newest good checkpoint there is {good}" if good else "there is no good checkpoint beside it"
         raise CheckpointError(f"{error}; {hint}") from error.__cause__
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, check: Check) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path}")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty")
     digest = digest_path(path)
-    if digest.is_file() and sha256(path) != digest.read_text().split()[0]:
+    if digest.is_file() and digest.read_text().split()[:1] != [sha256(path)]:
         raise CheckpointError(f"{path} is damaged: it does not have the SHA-256 it was written with ({digest.name})")
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            start = file.read(1)
+        reasons = {b"P": "is truncated", b"\x80": "is refused: it is a bare pickle, and loading it could run code"}
+        raise CheckpointError(f"{path} {reasons.get(start, 'is no checkpoint file')}")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums inside
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it holds more than tensors and plain values, and loading it could run code"
         ) from error
     except Exception as error:
-        raise CheckpointError(
-            f"{path} is no readable checkpoint (truncated?): {str(error).splitlines()[0] or type(error).__name__}"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
-    for name, weight in checkpoint.get("state_dict", checkpoint).items():
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is damaged: {cause}") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise CheckpointError(f"{path} is no checkpoint of a module: it has no state_dict")
+    for name, weight in checkpoint["state_dict"].items():
         if isinstance(weight, Tensor) and weight.is_floating_point() and not torch.isfinite(weight).all():
             raise CheckpointError(f"{path} is refused: {name} holds NaN or infinite weights")
+    check(path, checkpoint)
     return checkpoint
 
 
-def newest(directory: str | Path, but: Path | None = None) -> Path | None:
-    """The checkpoint written last in a run's folder, or in its ``checkpoints``, that loads; ``None`` if there is none."""
+def newest(directory: str | Path, check: Check = accept, but: Path | None = None) -> Path | None:
+    """The last written checkpoint of a run's folder (or of its ``checkpoints``) that loads; ``None`` if there is none."""
     directory = Path(directory)
-    if not directory.is_dir():
-        return None
-    everything = [*directory.glob("*.ckpt"), *directory.glob("checkpoints/*.ckpt")]
-    found = [path for path in everything if path != but and not path.name.startswith(".")]
+    found = [path for pattern in ("*.ckpt", "checkpoints/*.ckpt") for path in directory.glob(pattern)]
+    found = [path for path in found if path != but and not path.name.startswith(".")]
     for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         try:
-            _load(path)
+            _load(path, check)
         except CheckpointError:
             continue
         return path
     return None
+
+
+def strip(source: str | Path, to: str | Path) -> None:
+    """Write what testing and predicting need of a checkpoint: weights and recipe, without the state of training.
+
+    Raises:
+        CheckpointError: if ``source`` is no good checkpoint; see :func:`load`.
+    """
+    whole = load(source)
+    save({key: whole[key] for key in ("state_dict", RECIPE, "global_step", "epoch", "pytorch-lightning_version")}, to)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -114,11 +114,9 @@ def _bases() -> tuple[type, ...]:
 
 
 def _subclasses(cls: type) -> list[type]:
-    below: list[type] = []
-    child: type
-    for child in cls.__subclasses__():
-        below += [child] * child.__module__.startswith("amortized") + _subclasses(child)
-    return below
+    children: list[type] = cls.__subclasses__()
+    below = [c for child in children for c in (child, *_subclasses(child))]
+    return [c for c in below if c.__module__.startswith("amortized")]
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -217,10 +215,15 @@ class AmortizedCLI(LightningCLI):
         if not settings.get("ckpt_path"):
             return
         path = self._find_checkpoint(settings["ckpt_path"])
-        loaded = checkpoint.load(path)
+        loaded = checkpoint.load(path, self._check_recipe)
         settings["ckpt_path"] = str(path)
-        given, saved = recipe_of(self._parser(command), settings), loaded.get(checkpoint.RECIPE)
-        if saved is None:
+        self.resume_step = loaded.get("global_step", 0)
+
+    def _check_recipe(self, path: Path, loaded: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose settings disagree with those of this command."""
+        command = self.config.subcommand
+        given, saved = recipe_of(self._parser(command), self.config[command]), loaded.get(checkpoint.RECIPE)
+        if not isinstance(saved, dict):
             raise checkpoint.CheckpointError(
                 f"{path} does not say which recipe it is of: it was not written by this command line"
             )
@@ -231,17 +234,16 @@ class AmortizedCLI(LightningCLI):
             )
         if command != "fit":
             saved, given = ({"model": _evaluated(recipe["model"])} for recipe in (saved, given))
+        elif "optimizer_states" not in loaded:
+            raise checkpoint.CheckpointError(f"{path} holds no state of training: it can be tested, not continued")
         differences = checkpoint.compare_recipes(saved, given)
         if differences:
             more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
             config = path.parent.parent / "config.yaml"
-            how = (
-                f"give the settings it was trained with: -c {config}"
-                if config.is_file()
-                else "give the settings it was trained with"
+            how = f" (-c {config} has them)" if config.is_file() else ""
+            raise checkpoint.CheckpointError(
+                f"{path} was trained with other settings: {differences[0]}{more}; give those it was trained with{how}"
             )
-            raise checkpoint.CheckpointError(f"{path} was trained with other settings: {differences[0]}{more}; {how}")
-        self.resume_step = loaded["global_step"]
 
     def _find_checkpoint(self, given: str) -> Path:
         """A checkpoint file; or the newest good one of a run's folder, or of the recipe's last run (``last``)."""
@@ -259,7 +261,7 @@ class AmortizedCLI(LightningCLI):
         if path.is_dir():
             found = checkpoint.newest(path)
             if found is None:
-                raise checkpoint.CheckpointError(f"there is no good checkpoint under {path}")
+                raise checkpoint.CheckpointError(f"there is no good checkpoint in {path}")
             return found
         return path
 

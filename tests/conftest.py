@@ -1,6 +1,9 @@
 import os
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    map(os.path.dirname, [os.path.dirname(__file__), __file__])
+)  # for other processes
 
 import pytest
 import torch
@@ -17,14 +20,19 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _leaves_nothing_behind(tmp_path, monkeypatch):
+def _leaves_nothing_behind(tmp_path):
     """Each test in a folder of its own; environment, random state and working directory are as before."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    before = dict(os.environ)
-    state = torch.get_rng_state()
-    yield
-    torch.set_rng_state(state)
+    with pytest.MonkeyPatch.context() as patch:  # its own, which outlives what the test patches
+        patch.chdir(tmp_path)
+        patch.setenv("HOME", str(tmp_path))
+        before = dict(os.environ)
+        state = torch.get_rng_state()
+        yield
+        torch.set_rng_state(state)
+        check_environment(before)
+
+
+def check_environment(before):
     after = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
     before.pop("PYTEST_CURRENT_TEST", None)
     changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}

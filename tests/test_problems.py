@@ -21,7 +21,16 @@ from amortized.problem import (
     take,
     value_and_grad,
 )
-from amortized.problems import Classification, LabelledDigits, Sinusoid, SinusoidContexts, Sphere, SphereContexts
+from amortized.problems import (
+    VAE,
+    BinaryDigits,
+    Classification,
+    LabelledDigits,
+    Sinusoid,
+    SinusoidContexts,
+    Sphere,
+    SphereContexts,
+)
 from amortized.solvers import LBFGS, GradientDescent, Status
 
 
@@ -52,6 +61,7 @@ CASES = {
     "sphere, refined": Case(lambda: Sphere(MLP(16, 3), refine=GradientDescent(2)), SphereContexts, on_sphere),
     "sinusoid": Case(lambda: Sinusoid(DeepSet(SUPPORT, 2, 321), 16), SinusoidContexts, finite),
     "MAML": Case(lambda: Sinusoid(LearnedInitialization(321), 16, refine=GradientDescent(2)), SinusoidContexts, finite),
+    "VAE": Case(lambda: VAE(MLP(64, 8), MLP(4, 64), latent=4), BinaryDigits, lambda q: finite(q.log_prob(q.mean))),
     "classification": Case(lambda: Classification(MLP(64, 10)), LabelledDigits, on_simplex),
 }  # fmt: skip
 

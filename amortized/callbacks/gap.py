@@ -115,7 +115,7 @@ class GapMonitor(Callback):
             rows, best = measure_gap(pl_module, a, b, self.solver, index[at - n : at], seed=number)  # type: ignore[arg-type]
             self.metric.update(rows)
             if self.example is None:
-                self.example = (a, b, best)
+                self.example = (a, b.to(best.dtype), best)  # b may be of mixed precision
             spent = time.perf_counter() - started
             self.seconds += spent
             self._seconds_per_row = min(spent / n, self._seconds_per_row or spent / n)

@@ -85,7 +85,8 @@ class Sinusoid(AmortizedModule):
         x = torch.linspace(-5, 5, 201, device=a.query_x.device).expand(n, -1)
         curves = {name: self.predict(b, x).cpu() for name, b in solutions.items()}
         figure = Figure(figsize=(10, 1.8 * math.ceil(n / 4) + 0.4), layout="constrained")
-        for i, axes in zip(range(n), figure.subplots(math.ceil(n / 4), 4, squeeze=False).flat, strict=False):
+        panels = figure.subplots(math.ceil(n / 4), 4, squeeze=False, sharey=True).flat
+        for i, axes in zip(range(n), panels, strict=False):
             axes.set(xticks=[], ylim=(-6, 6))
             for (name, curve), style in zip(curves.items(), ("-", ":"), strict=False):
                 axes.plot(x[0].cpu(), curve[i], style, color="C3", label=name)

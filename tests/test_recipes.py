@@ -1,0 +1,79 @@
+"""Every recipe parses, says in its header what to expect, and (slow) keeps that promise through the command line."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from amortized.cli import main, recipes
+
+EXPECTED = re.compile(r"expected gap: ([\d.e-]+) ± ([\d.e-]+)")
+SECTIONS = {"seed_everything", "trainer", "model", "data", "gap", "budget", "checkpoint"}
+
+
+def header(path):
+    """The comment that a recipe opens with, in one line."""
+    lines = [line.removeprefix("#").strip() for line in path.read_text().split("seed_everything")[0].splitlines()]
+    return " ".join(lines)
+
+
+def expected_gap(path):
+    found = EXPECTED.search(header(path))
+    assert found, f"the header of {path.name} must say 'expected gap: X ± Y'"
+    return float(found[1]), float(found[2])
+
+
+@pytest.fixture(params=recipes().values(), ids=recipes())
+def recipe(request):
+    return request.param
+
+
+def test_header_says_the_command_the_time_and_the_gap(recipe):
+    gap, tolerance = expected_gap(recipe)
+    assert 0 < tolerance <= gap
+    assert f"amortized fit -c {recipe.stem}" in header(recipe)
+    assert re.search(r"about [\d.]+ (s|min)", header(recipe))
+
+
+def test_settings_are_of_the_known_sections(recipe):
+    settings = yaml.safe_load(recipe.read_text())
+    assert settings.keys() <= SECTIONS
+    assert {"max_steps", "val_check_interval", "check_val_every_n_epoch"} <= settings["trainer"].keys()
+
+
+def test_prints_its_config(recipe, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "-c", str(recipe), "--print_config"])
+    assert not end.value.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["class_path"].startswith("amortized.problems.")
+
+
+def test_ten_steps(recipe, tmp_path, capsys):
+    run = fit(recipe, tmp_path, "--trainer.max_steps=10", "--trainer.val_check_interval=10", *SMALL)
+    assert run["rows"]["total"] == 16 or "Digits" in recipe.read_text()
+    assert run["gap"]["mean"] is not None
+    assert (tmp_path / "run" / "pictures" / "solutions.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_trains_to_the_gap_its_header_states(recipe, tmp_path):
+    run = fit(recipe, tmp_path, "--budget.enabled=false")
+    gap, tolerance = expected_gap(recipe)
+    assert run["gap"]["mean"] == pytest.approx(gap, abs=tolerance)
+    assert run["rows"]["diverged"] == 0
+
+
+SMALL = (
+    "--data.init_args.num_val=16",
+    "--data.init_args.num_test=16",
+    "--gap.solver.init_args.steps=20",
+    "--budget.enabled=false",
+)
+
+
+def fit(recipe, folder, *options):
+    run = folder / "run"
+    main(["fit", "-c", str(recipe), f"--run_folder={run}", "--trainer.enable_progress_bar=false", *options])
+    return json.loads((run / "results.json").read_text())

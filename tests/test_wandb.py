@@ -1,0 +1,126 @@
+"""Weights & Biases, offline, by reading back the files that the runs wrote; and not even imported when it is off."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import Run, metrics
+from wandb_file import WandbRun
+
+from amortized.cli import main
+
+STEPS = 40
+FIT = [
+    "fit",
+    "--model=toy.Quadratic",
+    "--data=toy.Gaussians",
+    "--data.num_val=64",
+    "--data.num_test=64",
+    "--gap.solver=LBFGS",
+]
+FIT += ["--budget.contexts=8", '--budget.rivals={"Adam": {"class_path": "Adam", "init_args": {"steps": 20}}}']
+FIT += [f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=20", "--trainer.check_val_every_n_epoch=null"]
+FIT += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=5"]
+FIT += ["--checkpoint.every_n_steps=20"]
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+
+
+def run(*args):
+    process = Run([*FIT, *args])
+    assert process.wait() == 0, process.output()
+    return process
+
+
+def wandb_runs(folder):
+    return [WandbRun(path) for path in sorted(Path(folder).glob("wandb/offline-run-*/run-*.wandb"))]
+
+
+def test_an_offline_run_has_everything():
+    run("--wandb=offline", "--wandb_artifact=true", "--run_folder=kept")
+    (logged,) = wandb_runs("kept")
+    assert logged.exit_code == 0
+    assert (logged.project, logged.group) == ("amortized", "run")
+
+    recipe = yaml.safe_load(Path("kept/config.yaml").read_text())
+    assert {key: logged.config[key] for key in recipe} == recipe
+
+    assert logged.x_axes["*"] == "trainer/global_step"
+    for name in ("train/loss", "val/objective", "val/gap/mean", "val/gap/median", "val/gap/converged", "test/gap/mean"):
+        kept = {int(line["step"]): float(line[name]) for line in metrics("kept") if line[name]}
+        assert logged.curve(name) == pytest.approx(kept), name
+        assert len(kept) == {"train": 8, "val": 2, "test": 1}[name.split("/")[0]], name
+
+    found = json.loads(Path("kept/results.json").read_text())
+    for group, values in found.items():
+        assert {key: logged.summary[f"{group}.{key}"] for key in values} == values
+    assert found["gap"]["mean"] == pytest.approx(logged.curve("test/gap/mean")[STEPS])
+
+    pictures = {path.stem for path in Path("kept/pictures").glob("*.png")}
+    assert pictures >= {"gap", "budget"}
+    for name in pictures:
+        (file,) = [file for file in logged.files if file.startswith(f"media/images/pictures/{name}_")]
+        (copy,) = Path("kept").glob(f"wandb/offline-run-*/files/{file}")
+        assert copy.read_bytes() == Path(f"kept/pictures/{name}.png").read_bytes()
+        assert list(logged.curve(f"pictures/{name}/filenames")) == [STEPS]
+
+    (artifact,) = logged.artifacts
+    last = f"step={STEPS:08d}.ckpt"
+    assert artifact == ("model", f"checkpoint-{logged.id}", [last, f"{last}.sha256"])
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run():
+    run("--wandb=offline", "--run_folder=kept", "--trainer.max_steps=20")
+    run("--wandb=offline", "--run_folder=kept", "--ckpt_path=kept")
+    first, second = wandb_runs("kept")
+    assert first.id == second.id
+    assert not first.artifacts
+    assert not second.artifacts
+    assert max(first.curve("train/loss")) < min(second.curve("train/loss"))
+    assert max(second.curve("train/loss")) == STEPS - 1
+    run("--wandb=offline", "--run_folder=another/kept", "--trainer.max_steps=20")
+    (other,) = wandb_runs("another/kept")
+    assert other.id != first.id
+
+
+def test_two_runs_of_one_process_do_not_mix(monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # the flag says offline, and counts
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for folder in ("one", "two"):
+        main([*FIT, "--wandb=offline", f"--run_folder={folder}", "--trainer.max_steps=20", "--budget.enabled=false"])
+    wandb.teardown()
+    (one,), (two,) = wandb_runs("one"), wandb_runs("two")
+    assert one.id != two.id
+    assert one.curve("train/loss") == two.curve("train/loss")
+    assert len(one.curve("train/loss")) == 4
+
+
+def test_a_stopped_run_is_marked():
+    stopped = Run([*FIT, "--wandb=offline", "--run_folder=kept", "--trainer.max_steps=100000"])
+    stopped.wait_for(lambda: Path("kept/checkpoints").is_dir())
+    stopped.signal(signal.SIGTERM)
+    assert stopped.wait(20) == 143, stopped.output()
+    (logged,) = wandb_runs("kept")
+    assert logged.exit_code == 143
+    assert logged.curve("train/loss")
+
+
+def test_off_does_not_import_wandb():
+    code = (
+        "import sys; from amortized.cli import main; main(sys.argv[1:]); "
+        "assert 'lightning' in sys.modules; assert 'wandb' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *FIT, "--run_folder=off"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(Path().rglob("wandb"))
