@@ -128,7 +128,7 @@ class Solver(nn.Module, abc.ABC):
     axis: int = 0
     """Where the solver keeps rows in its state: 0, or -1 where that is faster (small n)."""
     sync: int = 4
-    """Rounds between looks at which rows are finished; each look makes the device wait."""
+    """Rounds between looks at which rows are finished, on a GPU, where each look makes the host wait."""
 
     def __init__(self, steps: int = 1000, tol: float | None = None, lanes: int | None = None) -> None:
         super().__init__()
@@ -149,9 +149,13 @@ class Solver(nn.Module, abc.ABC):
 
     def rounds(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
         """The rounds between two looks at which rows are finished."""
-        for _ in range(self.sync):
+        for _ in range(self.between(rows)):
             rows = self.advance(problem, a, rows, shape)
         return rows
+
+    def between(self, rows: Rows) -> int:
+        """Rounds until the next look: every round on a CPU."""
+        return self.sync if rows.b.is_cuda else 1
 
     def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
         """Successive iterates ``(B, *)``, on the graph of ``b`` and of the solver's parameters where gradients are on.
@@ -205,7 +209,7 @@ class Solver(nn.Module, abc.ABC):
 
     def _solve_in_place(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
         rows, rounds = self.begin(problem, a, b), 0
-        while rounds % self.sync or bool((rows.status == Status.RUNNING).any()):
+        while rounds % self.between(rows) or bool((rows.status == Status.RUNNING).any()):
             rows, rounds = self.advance(problem, a, rows, b.shape), rounds + 1
             if trace is not None:
                 trace(int(rows.evaluations.max()), rows.value)
@@ -225,7 +229,7 @@ class Solver(nn.Module, abc.ABC):
             running = rows.status == Status.RUNNING
             left = int(running.sum())
             # Moving the running rows together copies their state, so it waits until it frees enough of them.
-            if not left or (len(place) > 8 and left <= len(place) * (0.75 if begun < size else 0.5)):
+            if not left or (len(place) > 8 and left <= len(place) * (0.75 if begun < size else 0.6)):
                 ended, index = (~running).nonzero()[:, 0], running.nonzero()[:, 0]
                 self._store(found, place[ended], rows, ended)
                 rows, here, place = self._keep(rows, index), take(here, index), place[index]
@@ -274,11 +278,13 @@ class GradientSolver(Solver):
         unroll: in :meth:`iterates`, the number of last steps in which the gradient's own dependence on ``b`` is
             followed. None follows all; 0 none: first-order, as in first-order MAML; no second derivatives needed.
         lanes: rows at work at a time; None lets the solver choose.
-        compile: fuse each round, the objective included, into a few kernels with ``torch.compile``: some 3 times faster
-            once compiled, which takes tens of seconds for each problem, dtype and n. A random objective, a trace and
-            :meth:`iterates` are not compiled. An objective that cannot be traced stays as it is, with a warning.
+        compile: fuse each round, the objective included, into a few kernels with ``torch.compile``, which takes tens of
+            seconds for each problem, dtype and n. A random objective, a trace and :meth:`iterates` are not compiled. An
+            objective that cannot be traced stays as it is, with a warning.
     """
 
+    fuses: bool = True
+    """Whether the solver's own part gains from compilation too; otherwise only the evaluation is compiled."""
     recovers: bool = False
     """Whether the solver itself steps back from a value that is not finite. Otherwise such a row has diverged."""
 
@@ -352,6 +358,10 @@ class GradientSolver(Solver):
             return super().rounds(problem, a, rows, shape)
         return compiled_rounds(self, problem, a, rows, shape)
 
+    def between(self, rows: Rows) -> int:
+        """Rounds until the next look: two where they are compiled, as leaving the compiled code costs something."""
+        return max(super().between(rows), 2 if self.compiled else 1)
+
     def tell(self, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
         """What one evaluation means for each row: its best so far, its status, and its next point."""
         residual = self.dot(grad, grad).sqrt()
@@ -413,45 +423,54 @@ class GradientSolver(Solver):
 
 
 @functools.cache
-def _compiler() -> tuple[Any, Any]:
-    """A whole round, and a round after its evaluation, to be compiled on first use."""
+def _compiler() -> tuple[Any, Any, Any]:
+    """An evaluation, what follows from it, and both in one: to be compiled on first use."""
 
-    def whole(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: tuple[int, ...]) -> Rows:
+    def evaluate(problem: Problem, b: Tensor, a: Context) -> tuple[Tensor, Tensor]:
         def total(b: Tensor) -> tuple[Tensor, Tensor]:
             value = problem.objective(b, a)
             return value.sum(), value
 
-        grad, value = torch.func.grad(total, has_aux=True)(solver._shaped(rows.state.b, (-1, *shape)))
-        return solver.tell(rows, value, solver._flat(grad))
+        grad, value = torch.func.grad(total, has_aux=True)(b)
+        return value, grad
 
-    def told(solver: GradientSolver, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
+    def tell(solver: GradientSolver, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
         return solver.tell(rows, value, grad)
 
-    return torch.compile(whole, fullgraph=True), torch.compile(told, fullgraph=True)
+    def both(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: tuple[int, ...]) -> Rows:
+        value, grad = evaluate(problem, solver._shaped(rows.state.b, shape), a)
+        return solver.tell(rows, value, solver._flat(grad))
+
+    return tuple(torch.compile(f, fullgraph=True) for f in (evaluate, tell, both))  # type: ignore[return-value]
 
 
-_UNTRACEABLE: set[int] = set()
+_UNTRACEABLE: set[type] = set()
 
 
 def compiled_rounds(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
     """The rounds between two looks, compiled for any number of rows above one."""
-    whole, told = _compiler()
-    # Rows fresh from init share memory in places, which would compile anew; the copy makes every call look the same.
-    rows = map_leaves(lambda x: x.clone(memory_format=torch.contiguous_format), rows)
-    for x in leaves(rows):
-        torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if solver.axis else 0)
+    evaluate, tell, both = _compiler()
+    if solver.fuses:
+        # Rows fresh from init share memory in places, which would compile anew; with a copy every call looks the same.
+        rows = map_leaves(lambda x: x.clone(memory_format=torch.contiguous_format), rows)
+        for x in leaves(rows):
+            torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if solver.axis else 0)
     for x in leaves(a):
         torch._dynamo.maybe_mark_dynamic(x, 0)
     with torch._dynamo.config.patch(recompile_limit=64):
-        for _ in range(solver.sync):
-            if id(type(problem)) not in _UNTRACEABLE:
-                try:
-                    rows = whole(solver, problem, a, rows, tuple(shape[1:]))
+        for _ in range(solver.between(rows)):
+            traceable = type(problem) not in _UNTRACEABLE
+            try:
+                if traceable and solver.fuses:
+                    rows = both(solver, problem, a, rows, (-1, *shape[1:]))
                     continue
-                except torch._dynamo.exc.Unsupported as error:
-                    _UNTRACEABLE.add(id(type(problem)))
-                    why = str(error).splitlines()[0]
-                    warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
-            value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
-            rows = told(solver, rows, value, solver._flat(grad).contiguous())
+                point = solver._shaped(rows.state.b, shape)
+                torch._dynamo.maybe_mark_dynamic(point, 0)
+                value, grad = (evaluate if traceable else value_and_grad)(problem, point, a)
+            except torch._dynamo.exc.Unsupported as error:
+                _UNTRACEABLE.add(type(problem))
+                why = str(error).splitlines()[0]
+                warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
+                value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
+            rows = (tell if solver.fuses else GradientSolver.tell)(solver, rows, value, solver._flat(grad))
     return rows
