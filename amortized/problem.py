@@ -111,6 +111,20 @@ class CommonDraws:
         with draws(self.seed, b.device):
             return self.problem.objective(b, a)
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the problem has, under the same draws."""
+        if name == "problem":  # not there yet: a copy being made
+            raise AttributeError(name)
+        attribute = getattr(self.problem, name)
+        if not callable(attribute):
+            return attribute
+
+        def drawn(b: Tensor, *rest: Any) -> Any:
+            with draws(self.seed, b.device):
+                return attribute(b, *rest)
+
+        return drawn
+
 
 class ProblemError(ValueError):
     """A problem, or a network for it, breaks the contract; the message says what was given and what to write."""
@@ -178,20 +192,6 @@ def _mixes(name: str, row: int, other: int | None) -> str:
         f"{name} mixes rows: {what} of the batch. Each row is its own problem: look for batch normalisation, "
         "a mean or softmax over dimension 0, or a broadcast of (B,) against (B, 1)."
     )
-
-    def __getattr__(self, name: str) -> Any:
-        """What else the problem has, under the same draws."""
-        if name == "problem":  # not there yet: a copy being made
-            raise AttributeError(name)
-        attribute = getattr(self.problem, name)
-        if not callable(attribute):
-            return attribute
-
-        def drawn(b: Tensor, *rest: Any) -> Any:
-            with draws(self.seed, b.device):
-                return attribute(b, *rest)
-
-        return drawn
 
 
 class Composite(Problem, Protocol):
