@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -111,6 +111,20 @@ class CommonDraws:
         with draws(self.seed, b.device):
             return self.problem.objective(b, a)
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the problem has, under the same draws."""
+        if name == "problem":  # not there yet: a copy being made
+            raise AttributeError(name)
+        attribute = getattr(self.problem, name)
+        if not callable(attribute):
+            return attribute
+
+        def drawn(b: Tensor, *rest: Any) -> Any:
+            with draws(self.seed, b.device):
+                return attribute(b, *rest)
+
+        return drawn
+
 
 class ProblemError(ValueError):
     """A problem, or a network for it, breaks the contract; the message says what was given and what to write."""
@@ -178,3 +192,74 @@ def _mixes(name: str, row: int, other: int | None) -> str:
         f"{name} mixes rows: {what} of the batch. Each row is its own problem: look for batch normalisation, "
         "a mean or softmax over dimension 0, or a broadcast of (B,) against (B, 1)."
     )
+
+
+class Composite(Problem, Protocol):
+    """``L(b; a) = smooth(b; a) + r(b; a)``, where r need not be differentiable but has a proximal map."""
+
+    def smooth(self, b: Tensor, a: Context) -> Tensor:
+        """The differentiable part ``(B,)``."""
+        ...
+
+    def prox(self, b: Tensor, t: Tensor, a: Context) -> Tensor:
+        """``argmin_x r(x; a) + ‖x − b‖² / 2t`` of each row, for ``t`` of shape ``(B,)``."""
+        ...
+
+
+class Projectable(Problem, Protocol):
+    """An objective to be minimized over a set that each row can be projected on."""
+
+    def project(self, b: Tensor, a: Context) -> Tensor:
+        """The nearest point of the set ``(B, *)``."""
+        ...
+
+
+class LeastSquares(Problem, Protocol):
+    """``L(b; a) = ½ ‖residuals(b; a)‖²``: ``objective`` must return just that."""
+
+    def residuals(self, b: Tensor, a: Context) -> Tensor:
+        """``(B, m)``."""
+        ...
+
+
+class Constrained(Problem, Protocol):
+    """An objective subject to ``equality(b; a) = 0`` and ``inequality(b; a) ≤ 0``; one of the two may be left out."""
+
+    def equality(self, b: Tensor, a: Context) -> Tensor:
+        """``(B, p)``."""
+        ...
+
+    def inequality(self, b: Tensor, a: Context) -> Tensor:
+        """``(B, m)``."""
+        ...
+
+
+class QuadraticProgram(NamedTuple):
+    """``min ½ bᵀ P b + qᵀ b`` subject to ``lower ≤ A b ≤ upper``: equalities have equal bounds, free ones infinite."""
+
+    P: Tensor
+    """``(n, n)`` where all rows share it, else ``(B, n, n)``; positive semidefinite."""
+    q: Tensor
+    """``(B, n)``."""
+    A: Tensor
+    """``(m, n)`` where all rows share it, else ``(B, m, n)``."""
+    lower: Tensor
+    """``(B, m)``."""
+    upper: Tensor
+    """``(B, m)``."""
+
+
+class Quadratic(Problem, Protocol):
+    """A problem that is a quadratic program: ``objective`` is its value, without the constraints."""
+
+    def program(self, a: Context) -> QuadraticProgram:
+        """The program of each context."""
+        ...
+
+
+class FixedPoint(Protocol):
+    """A map whose fixed point is sought; with an ``objective`` as well, solutions report it."""
+
+    def update(self, b: Tensor, a: Context) -> Tensor:
+        """The map ``(B, *) -> (B, *)``, one row independent of another."""
+        ...

@@ -1,6 +1,7 @@
 """The gap is exact on any number of processes, each context counted once, and honest about what it does not know."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_the_reference_is_the_better_of_cold_and_warm_and_says_when_cold_lost():
 
 
 def test_fit_validate_test_and_predict_in_one_process():
-    module, data, monitor = Quadratic(), Gaussians(num_val=96, num_test=96), GapMonitor(LBFGS(steps=30))
+    module, data, monitor = Quadratic(), Gaussians(num_val=96, num_test=96), GapMonitor(LBFGS(steps=30), max_fraction=1)
     fit = trainer(monitor, max_steps=20, val_check_interval=10, check_val_every_n_epoch=None)
     fit.fit(module, data)
     assert monitor.results["total"] == 96
@@ -115,7 +116,7 @@ def test_contexts_of_a_test_do_not_move_the_random_numbers_of_training():
     for monitored in (False, True):
         torch.manual_seed(0)
         module = Quadratic(noise=0.5, dropout=0.1)
-        callbacks = [GapMonitor(LBFGS(steps=10))] if monitored else []
+        callbacks = [GapMonitor(LBFGS(steps=10), max_fraction=1)] if monitored else []
         trainer(*callbacks, max_steps=9, val_check_interval=3, check_val_every_n_epoch=None).fit(
             module, Gaussians(num_val=64)
         )
@@ -186,6 +187,7 @@ def test_metrics_file_has_the_curves(tmp_path):
         [
             "fit",
             "--model=toy.Quadratic",
+            "--gap.max_fraction=1",
             "--data=toy.Gaussians",
             "--data.num_val=64",
             "--data.num_test=64",
@@ -203,3 +205,24 @@ def test_metrics_file_has_the_curves(tmp_path):
     assert [line["step"] for line in lines if line["train/loss"]] == ["4", "9", "14", "19"]
     assert [line["step"] for line in lines if line["val/gap/mean"]] == ["9", "19"]
     assert [line["step"] for line in lines if line["test/gap/p95"]] == ["20"]
+
+
+def test_the_monitor_keeps_to_its_fraction_and_says_how_many_it_measured():
+    args = ["fit", "--model=toy.Quadratic", "--data=toy.Gaussians", "--data.num_val=2048", "--data.num_test=64"]
+    args += ["--trainer.max_steps=300", "--trainer.val_check_interval=50", "--trainer.check_val_every_n_epoch=null"]
+    args += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--budget.enabled=false"]
+    slow = ["--gap.solver=GradientDescent", "--gap.solver.steps=300", "--gap.solver.tol=0", "--gap.solver.lr=1e-5"]
+    run = Run([*args, *slow, "--run_folder=run"])
+    assert run.wait() == 0, run.output()
+    measured = [float(line["val/gap/total"]) for line in metrics("run") if line["val/gap/total"]]
+    assert measured
+    assert max(measured) < 2048
+    assert float(metrics("run")[-1]["test/gap/total"]) == 64
+
+
+def test_max_fraction_holds():
+    monitor = GapMonitor(GradientDescent(steps=100, tol=0, lr=1e-5), max_fraction=0.2)
+    started = time.perf_counter()
+    settings = {"max_steps": 600, "val_check_interval": 50, "check_val_every_n_epoch": None}
+    trainer(monitor, **settings).fit(Quadratic(), Gaussians(num_val=4096, eval_batch_size=4096))
+    assert 0.02 < monitor.seconds / (time.perf_counter() - started) < 0.3

@@ -26,6 +26,7 @@ def recipe(accumulate=1, workers=0, processes=1, data="toy.Gaussians", **model):
         "--data.num_test=64",
         f"--data.num_workers={workers}",
         "--gap.solver=LBFGS",
+        "--gap.max_fraction=1",
         "--gap.solver.steps=20",
     ]
     args += [

@@ -45,6 +45,30 @@ class Broken:
         return torch.where(b.abs().amax(1) > a[:, 0], torch.nan, value)
 
 
+class Quadratic(NamedTuple):
+    p: Tensor
+    q: Tensor
+
+
+class Quadratics:
+    """½ bᵀPb + qᵀb."""
+
+    def objective(self, b: Tensor, a: Quadratic) -> Tensor:
+        return (0.5 * b * torch.bmm(a.p, b.unsqueeze(2)).squeeze(2) + a.q * b).sum(1)
+
+
+def quadratics(
+    size: int, n: int, condition: float, dtype: torch.dtype = torch.float64
+) -> tuple[Quadratic, Tensor, Tensor]:
+    """Contexts with eigenvalues from 1 down to 1 / condition, starts at zero, and the least values."""
+    g = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(size, n, n, generator=g, dtype=torch.float64)).Q
+    p = (basis * condition ** -torch.linspace(0, 1, n, dtype=torch.float64)) @ basis.mT
+    q = torch.randn(size, n, generator=g, dtype=torch.float64)
+    best = -0.5 * (q * torch.linalg.solve(p, q)).sum(1)
+    return Quadratic(p.to(dtype), q.to(dtype)), torch.zeros(size, n, dtype=dtype), best.to(dtype)
+
+
 def bowls(size: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Curvature, Tensor]:
     g = torch.Generator().manual_seed(0)
     scale = 0.2 + torch.rand(size, 3, 2, generator=g, dtype=torch.float64)

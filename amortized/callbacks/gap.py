@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amortized.metrics import AmortizationGap, GapRows
 from amortized.module import AmortizedModule
-from amortized.problem import Context, draws, evaluate
+from amortized.problem import Context, draws, evaluate, take
 from amortized.solvers import LBFGS, Solution, Solver
 
 
@@ -59,59 +59,43 @@ def measure_gap(
 class GapMonitor(Callback):
     """Logs the statistics of :class:`~amortized.metrics.AmortizationGap` as ``val/gap/*`` and ``test/gap/*``.
 
-    Every process solves the contexts that it was dealt; each context counts once.
+    Every process solves the contexts that it was dealt; each context counts once. During training the monitor spends at most
+    a fraction of the time, by measuring only as many of the first contexts as it can afford: ``val/gap/total`` says how many.
+    Outside training it measures all of them.
 
     Args:
         solver: the inner loop to measure against; ``None``: L-BFGS.
-        every_n_validations: measure at every n-th validation (at every test in any case).
+        max_fraction: of the training time so far to spend on the gap, in [0, 1]; 1 measures every context.
     """
 
-    def __init__(self, solver: Solver | None = None, every_n_validations: int = 1) -> None:
+    def __init__(self, solver: Solver | None = None, max_fraction: float = 0.05) -> None:
+        if not 0 <= max_fraction <= 1:
+            raise ValueError(f"gap.max_fraction must be in [0, 1]; got {max_fraction}")
         self.solver = solver if solver is not None else LBFGS()
-        self.every_n_validations = every_n_validations
+        self.max_fraction = max_fraction
         self.metric = AmortizationGap()
         self.results: dict[str, float] = {}
         self.example: tuple[Context, Tensor, Tensor] | None = None
         self.seconds = 0.0
-        self._validations = 0
+        self._started = 0.0
+        self._seconds_per_row: float | None = None
 
     @property
     def table(self) -> GapRows:
         """The rows of the last measurement, from all processes."""
         return self.metric.table
 
-    def _start(self, trainer: Trainer, module: LightningModule) -> None:
-        if not isinstance(module, AmortizedModule):
-            raise TypeError(f"GapMonitor measures an AmortizedModule; got {type(module).__name__}")
-        self.metric.to(module.device).reset()
-        self.example = None
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, AmortizedModule):
+            raise TypeError(f"GapMonitor measures an AmortizedModule; got {type(pl_module).__name__}")
 
-    def _skips(self, trainer: Trainer) -> bool:
-        return trainer.sanity_checking or (
-            trainer.state.fn == "fit" and self._validations % self.every_n_validations > 0
-        )
-
-    def _measure(self, trainer: Trainer, module: Any, b: Tensor, a: Context, number: int, size: int) -> None:
-        started = time.perf_counter()
-        index = torch.arange(len(b), device=b.device) + number * size
-        rows, best = measure_gap(module, a, b, self.solver, index, seed=number)
-        self.metric.update(rows)
-        if self.example is None:
-            self.example = (a, b.to(best.dtype), best)  # b may be of mixed precision
-        self.seconds += time.perf_counter() - started
-
-    def _finish(self, trainer: Trainer, module: LightningModule, split: str) -> None:
-        statistics = self.metric.compute()
-        self.results = {name: float(value) for name, value in statistics.items()}
-        module.log_dict(
-            {f"{split}/gap/{name}": value.float() for name, value in statistics.items()}, rank_zero_only=False
-        )
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds, self._started, self._seconds_per_row = 0.0, time.perf_counter(), None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
+        self.metric.to(pl_module.device).reset()
+        self.metric.update(GapRows(*torch.empty(len(GapRows._fields), 0, device=pl_module.device)))
+        self.example = None
 
     def on_validation_batch_end(
         self,
@@ -122,26 +106,41 @@ class GapMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not self._skips(trainer):
-            self._measure(
-                trainer, pl_module, outputs, batch, batch_idx * trainer.world_size + trainer.global_rank, 2**20
-            )
+        number = batch_idx * trainer.world_size + trainer.global_rank
+        index = number * 2**20 + torch.arange(len(outputs), device=outputs.device)
+        at = 0
+        while at < len(outputs) and (n := self._affordable(trainer, len(outputs) - at)):
+            started = time.perf_counter()
+            a, b, at = take(batch, slice(at, at + n)), outputs[at : at + n], at + n
+            rows, best = measure_gap(pl_module, a, b, self.solver, index[at - n : at], seed=number)  # type: ignore[arg-type]
+            self.metric.update(rows)
+            if self.example is None:
+                self.example = (a, b.to(best.dtype), best)  # b may be of mixed precision
+            spent = time.perf_counter() - started
+            self.seconds += spent
+            self._seconds_per_row = min(spent / n, self._seconds_per_row or spent / n)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._measure(trainer, pl_module, outputs, batch, batch_idx * trainer.world_size + trainer.global_rank, 2**20)
+    def _affordable(self, trainer: Trainer, rows: int) -> int:
+        """How many of so many further rows to measure now: all outside training; a few, if it is not known what a row costs."""
+        if trainer.sanity_checking:
+            return 0
+        if trainer.state.fn != "fit" or self.max_fraction == 1:
+            return rows
+        left = self.max_fraction * (time.perf_counter() - self._started) - self.seconds
+        if self._seconds_per_row is None:
+            return min(rows, 8) if left > 0 else 0
+        return max(0, min(rows, int(left / self._seconds_per_row)))
+
+    def _finish(self, module: LightningModule, split: str) -> None:
+        statistics = self.metric.compute()
+        if statistics["total"] > 0:
+            self.results = {name: float(value) for name, value in statistics.items()}
+            module.log_dict({f"{split}/gap/{name}": value.float() for name, value in statistics.items()})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._skips(trainer):
-            self._finish(trainer, pl_module, "val")
-        self._validations += trainer.state.fn == "fit" and not trainer.sanity_checking
+        self._finish(pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(trainer, pl_module, "test")
+        self._finish(pl_module, "test")
+
+    on_test_epoch_start, on_test_batch_end = on_validation_epoch_start, on_validation_batch_end

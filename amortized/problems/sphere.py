@@ -67,7 +67,7 @@ class Sphere(AmortizedModule):
     def initial(self, a: Bowls) -> Tensor:
         """The lowest of the centres."""
         values = torch.stack([self.function(y, a) for y in a.centres.unbind(1)], 1)
-        return a.centres[torch.arange(len(values)), values.argmin(1)]
+        return a.centres.take_along_dim(values.argmin(1)[:, None, None], 1).squeeze(1)
 
     def decode(self, b: Tensor, a: Bowls) -> Tensor:
         """The point itself, a unit vector."""

@@ -3,7 +3,26 @@
 from amortized.solvers.adam import Adam
 from amortized.solvers.base import GradientSolver, Solution, Solver, Status
 from amortized.solvers.bfgs import BFGS
+from amortized.solvers.fista import FISTA
+from amortized.solvers.fixed_point import Anderson
+from amortized.solvers.gauss_newton import GaussNewton
 from amortized.solvers.gradient_descent import GradientDescent
 from amortized.solvers.lbfgs import LBFGS
+from amortized.solvers.newton import Newton
+from amortized.solvers.projected_gradient import ProjectedGradient
 
-__all__ = ["BFGS", "LBFGS", "Adam", "GradientDescent", "GradientSolver", "Solution", "Solver", "Status"]
+__all__ = [
+    "BFGS",
+    "FISTA",
+    "LBFGS",
+    "Adam",
+    "Anderson",
+    "GaussNewton",
+    "GradientDescent",
+    "GradientSolver",
+    "Newton",
+    "ProjectedGradient",
+    "Solution",
+    "Solver",
+    "Status",
+]

@@ -87,6 +87,7 @@ class Rows(NamedTuple):
     lowest: Tensor
     iterations: Tensor
     evaluations: Tensor
+    rounds: Tensor
     status: Tensor
     state: Any
 
@@ -96,6 +97,16 @@ def tolerance(tol: float | None, dtype: torch.dtype) -> float:
     if tol is not None:
         return tol
     return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 1e-2)
+
+
+def require(solver: nn.Module, problem: Any, *methods: str) -> None:
+    """Raises ``TypeError``, which names them, unless the problem has all these methods."""
+    missing = [method for method in methods if not hasattr(problem, method)]
+    if missing:
+        raise TypeError(
+            f"{type(solver).__name__} needs more of a problem than {type(problem).__name__} has: "
+            f"{', '.join(missing)} (see amortized.problem); write it, or use LBFGS, which needs only objective."
+        )
 
 
 def check_value(value: Tensor, b: Tensor) -> None:
@@ -115,59 +126,20 @@ def ordinary(x: Tensor) -> Tensor:
 class Solver(nn.Module, abc.ABC):
     """Improves ``b`` for each context ``a``: ``min_b L(b; a)``, B independent problems at once.
 
-    A module, so that learned step sizes are parameters of the model that refines with it. A subclass writes
-    :meth:`begin` and :meth:`advance`; one that looks only at values and gradients derives from
-    :class:`GradientSolver` and writes less.
+    A module, so that learned step sizes are parameters of the model that refines with it.
 
     Args:
         steps: rounds at most; a round is one evaluation of every row (of its population, for solvers that have one).
         tol: residual at which a row is finished; None chooses by dtype (1e-6 in float64, 1e-4 in float32).
-        lanes: rows at work at a time, the others wait; None lets the solver choose.
     """
 
-    axis: int = 0
-    """Where the solver keeps rows in its state: 0, or -1 where that is faster (small n)."""
-    sync: int = 4
-    """Rounds between looks at which rows are finished; each look makes the device wait."""
-
-    def __init__(self, steps: int = 1000, tol: float | None = None, lanes: int | None = None) -> None:
+    def __init__(self, steps: int = 1000, tol: float | None = None) -> None:
         super().__init__()
         if steps < 0:
             raise ValueError(f"steps must not be negative, got {steps}")
-        self.steps, self.tol, self.lanes = steps, tol, lanes
+        self.steps, self.tol = steps, tol
 
     @abc.abstractmethod
-    def begin(self, problem: Problem, a: Context, b: Tensor) -> Rows:
-        """Rows that start at ``b`` ``(L, *)``, evaluated there."""
-
-    @abc.abstractmethod
-    def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
-        """One round: evaluates every row, with ``b`` in ``shape`` ``(L, *)``, and moves it.
-
-        Rows that are finished keep what they have.
-        """
-
-    def rounds(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
-        """The rounds between two looks at which rows are finished."""
-        for _ in range(self.sync):
-            rows = self.advance(problem, a, rows, shape)
-        return rows
-
-    def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
-        """Successive iterates ``(B, *)``, on the graph of ``b`` and of the solver's parameters where gradients are on.
-
-        Raises:
-            TypeError: if the solver cannot be differentiated through.
-        """
-        raise TypeError(
-            f"{type(self).__name__} cannot be differentiated through, so it cannot refine a prediction inside forward; "
-            "use GradientDescent, Adam or LBFGS there."
-        )
-
-    def num_lanes(self, b: Tensor) -> int:
-        """Rows to have at work at a time, of starts ``b`` ``(B, *)``."""
-        return self.lanes or len(b)
-
     def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
         """The best ``b`` found for each row, from the start ``b`` ``(B, *)``.
 
@@ -187,6 +159,154 @@ class Solver(nn.Module, abc.ABC):
         Raises:
             ValueError: if the objective does not return one value per row, or contexts and starts differ in number.
         """
+
+    def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
+        """Successive iterates ``(B, *)``, on the graph of ``b`` and of the solver's parameters where gradients are on.
+
+        Raises:
+            TypeError: if the solver cannot be differentiated through.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot be differentiated through, so it cannot refine a prediction inside forward; "
+            "use GradientDescent, Adam or LBFGS there."
+        )
+
+    def _flat(self, b: Tensor) -> Tensor:
+        """``(L, *)`` in the layout of the state: ``(L, n)``, or ``(n, L)`` where rows are last."""
+        flat = b.reshape(len(b), -1)
+        return flat if self.axis == 0 else flat.t().contiguous()
+
+    def _shaped(self, b: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return (b if self.axis == 0 else b.t()).reshape(shape)
+
+
+class RowSolver(Solver):
+    """The loop of rounds over rows: a subclass writes :meth:`begin` and :meth:`advance`.
+
+    Args:
+        steps: rounds at most.
+        tol: residual at which a row is finished; None chooses by dtype.
+        lanes: rows at work at a time, the others wait; None lets the solver choose.
+    """
+
+    axis: int = 0
+    """Where the solver keeps rows in its state: 0, or -1 where that is faster (small n)."""
+    sync: int = 4
+    """Rounds between looks at which rows are finished, on a GPU, where each look makes the host wait."""
+
+    def __init__(self, steps: int = 1000, tol: float | None = None, lanes: int | None = None) -> None:
+        super().__init__(steps, tol)
+        self.lanes = lanes
+
+    @abc.abstractmethod
+    def begin(self, problem: Problem, a: Context, b: Tensor) -> Rows:
+        """Rows that start at ``b`` ``(L, *)``, evaluated there."""
+
+    @abc.abstractmethod
+    def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
+        """One round: evaluates every row, with ``b`` in ``shape`` ``(L, *)``, and moves it.
+
+        Rows that are finished keep what they have.
+        """
+
+    def rounds(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
+        """The rounds between two looks at which rows are finished."""
+        for _ in range(self.between(rows)):
+            rows = self.advance(problem, a, rows, shape)
+        return rows
+
+    def between(self, rows: Rows) -> int:
+        """Rounds until the next look: every round on a CPU."""
+        return self.sync if rows.b.is_cuda else 1
+
+    @property
+    def across(self) -> int:
+        """The dimension of a row's n numbers in the state."""
+        return 0 if self.axis else 1
+
+    def dot(self, u: Tensor, v: Tensor) -> Tensor:
+        """The inner products ``(L,)`` of rows."""
+        return (u * v).sum(self.across)
+
+    def wide(self, x: Tensor) -> Tensor:
+        """A number for each row ``(L,)``, to multiply rows with."""
+        return x.unsqueeze(self.across)
+
+    def enter(
+        self, at: Tensor, value: Tensor, residual: Tensor, state: Any, merit: Tensor | None = None, evaluations: int = 1
+    ) -> Rows:
+        """Rows at their start ``at``; ``merit`` ``(L,)`` is what they will lower, the value unless given."""
+        merit = value if merit is None else merit
+        otherwise = int(Status.RUNNING if self.steps else Status.LIMIT)
+        end = torch.where(residual <= tolerance(self.tol, value.dtype), int(Status.CONVERGED), otherwise)
+        finite = merit.isfinite() & residual.isfinite()
+        status = torch.where(finite, end, int(Status.DIVERGED)).to(torch.int32)
+        none = torch.zeros_like(status)
+        return Rows(at, value, residual, merit, none, none + evaluations, none, status, state)
+
+    def settle(
+        self,
+        rows: Rows,
+        at: Tensor,
+        value: Tensor,
+        residual: Tensor,
+        state: Any,
+        iterations: Tensor,
+        *,
+        merit: Tensor | None = None,
+        evaluations: int = 1,
+        stalled: Tensor | None = None,
+        recovers: bool = False,
+    ) -> Rows:
+        """The rows after a round that looked ``at`` these points: the best so far, and the status, of each.
+
+        Args:
+            rows: before the round.
+            at: points that were evaluated, in the layout of the state.
+            value: objective there ``(L,)``.
+            residual: what is compared with ``tol`` ``(L,)``.
+            state: the solver's state after the round.
+            iterations: steps taken so far ``(L,)``.
+            merit: what decides which iterate is best ``(L,)``; the value unless given.
+            evaluations: what the round cost each row.
+            stalled: rows that can make no more progress ``(L,)``.
+            recovers: whether rows with a merit or residual that is not finite go on.
+        """
+        merit = value if merit is None else merit
+        running = rows.status == int(Status.RUNNING)
+        finite = merit.isfinite() & residual.isfinite()
+        # Merits within rounding of the lowest cannot be told apart: the smaller residual decides, and one below the
+        # tolerance may sit a little higher (gradients stay accurate where values have drowned in rounding).
+        eps = torch.finfo(value.dtype).eps
+        done = residual <= tolerance(self.tol, value.dtype)
+        rounding = torch.where(done, eps ** (2 / 3), 32 * eps) * rows.lowest.abs()
+        as_low = (merit <= rows.lowest + rounding) & (residual < rows.residual)
+        better = running & finite & ((merit < rows.lowest - rounding) | as_low)
+        rounds = rows.rounds + running
+        status = torch.where(rounds >= self.steps, int(Status.LIMIT), int(Status.RUNNING))
+        if stalled is not None:
+            status = torch.where(stalled, int(Status.LIMIT), status)
+        if not recovers:
+            status = torch.where(finite, status, int(Status.DIVERGED))
+        status = torch.where(better & done, int(Status.CONVERGED), status)
+        return Rows(
+            b=torch.where(self.wide(better), at, rows.b),
+            value=torch.where(better, value, rows.value),
+            residual=torch.where(better, residual, rows.residual),
+            lowest=torch.where(better, torch.minimum(merit, rows.lowest), rows.lowest),
+            iterations=torch.where(running, iterations, rows.iterations),
+            evaluations=rows.evaluations + running * evaluations,
+            rounds=rounds,
+            status=torch.where(running, status, rows.status).to(torch.int32),
+            state=state,
+        )
+
+    def num_lanes(self, b: Tensor) -> int:
+        """Rows to have at work at a time, of starts ``b`` ``(B, *)``."""
+        return self.lanes or len(b)
+
+    def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
+        """As :meth:`Solver.solve`."""
         with torch.inference_mode(False), torch.no_grad():
             a, b = map_leaves(ordinary, a), ordinary(b)
             for leaf in leaves(a):
@@ -196,7 +316,7 @@ class Solver(nn.Module, abc.ABC):
                     )
             if not len(b):
                 return _empty(b)
-            random = is_random(problem, b[:1], take(a, slice(0, 1)))
+            random = hasattr(problem, "objective") and is_random(problem, b[:1], take(a, slice(0, 1)))
             if random:
                 problem = CommonDraws(problem, int(torch.randint(2**62, ()).item()))
             if random or trace is not None:
@@ -205,7 +325,7 @@ class Solver(nn.Module, abc.ABC):
 
     def _solve_in_place(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
         rows, rounds = self.begin(problem, a, b), 0
-        while rounds % self.sync or bool((rows.status == Status.RUNNING).any()):
+        while rounds % self.between(rows) or bool((rows.status == Status.RUNNING).any()):
             rows, rounds = self.advance(problem, a, rows, b.shape), rounds + 1
             if trace is not None:
                 trace(int(rows.evaluations.max()), rows.value)
@@ -225,7 +345,7 @@ class Solver(nn.Module, abc.ABC):
             running = rows.status == Status.RUNNING
             left = int(running.sum())
             # Moving the running rows together copies their state, so it waits until it frees enough of them.
-            if not left or (len(place) > 8 and left <= len(place) * (0.75 if begun < size else 0.5)):
+            if not left or (len(place) > 8 and left <= len(place) * (0.75 if begun < size else 0.6)):
                 ended, index = (~running).nonzero()[:, 0], running.nonzero()[:, 0]
                 self._store(found, place[ended], rows, ended)
                 rows, here, place = self._keep(rows, index), take(here, index), place[index]
@@ -246,7 +366,7 @@ class Solver(nn.Module, abc.ABC):
 
     def _store(self, found: Solution, place: Tensor, rows: Rows, index: Tensor) -> None:
         *values, _ = rows
-        b, value, residual, _, iterations, evaluations, status = (x.index_select(self.axis, index) for x in values)
+        b, value, residual, _, iterations, evaluations, _, status = (x.index_select(self.axis, index) for x in values)
         b = b if self.axis == 0 else b.movedim(-1, 0)
         answers = (b.reshape(len(place), *found.b.shape[1:]), value, residual, iterations, evaluations, status)
         for into, answer in zip(found, answers, strict=True):
@@ -265,7 +385,7 @@ def _empty(b: Tensor, size: int = 0) -> Solution:
     return Solution(b.new_empty((size, *b.shape[1:])), value, value.clone(), count, count.clone(), count.clone())
 
 
-class GradientSolver(Solver):
+class GradientSolver(RowSolver):
     """A solver that looks at values and gradients: a subclass writes :meth:`init` and :meth:`step`, on rows ``(L, n)``.
 
     Args:
@@ -274,11 +394,13 @@ class GradientSolver(Solver):
         unroll: in :meth:`iterates`, the number of last steps in which the gradient's own dependence on ``b`` is
             followed. None follows all; 0 none: first-order, as in first-order MAML; no second derivatives needed.
         lanes: rows at work at a time; None lets the solver choose.
-        compile: fuse each round, the objective included, into a few kernels with ``torch.compile``: some 3 times faster
-            once compiled, which takes tens of seconds for each problem, dtype and n. A random objective, a trace and
-            :meth:`iterates` are not compiled. An objective that cannot be traced stays as it is, with a warning.
+        compile: fuse each round, the objective included, into a few kernels with ``torch.compile``, which takes tens of
+            seconds for each problem, dtype and n. A random objective, a trace and :meth:`iterates` are not compiled. An
+            objective that cannot be traced stays as it is, with a warning.
     """
 
+    fuses: bool = True
+    """Whether the solver's own part gains from compilation too; otherwise only the evaluation is compiled."""
     recovers: bool = False
     """Whether the solver itself steps back from a value that is not finite. Otherwise such a row has diverged."""
 
@@ -305,41 +427,12 @@ class GradientSolver(Solver):
         """Which rows can make no more progress ``(L,)``, if the solver can tell."""
         return None
 
-    def _flat(self, b: Tensor) -> Tensor:
-        """``(L, *)`` in the layout of the state: ``(L, n)``, or ``(n, L)`` where rows are last."""
-        flat = b.reshape(len(b), -1)
-        return flat if self.axis == 0 else flat.t().contiguous()
-
-    def _shaped(self, b: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        return (b if self.axis == 0 else b.t()).reshape(shape)
-
-    @property
-    def across(self) -> int:
-        """The dimension of a row's n numbers in the state."""
-        return 0 if self.axis else 1
-
-    def dot(self, u: Tensor, v: Tensor) -> Tensor:
-        """The inner products ``(L,)`` of rows."""
-        return (u * v).sum(self.across)
-
-    def wide(self, x: Tensor) -> Tensor:
-        """A number for each row ``(L,)``, to multiply rows with."""
-        return x.unsqueeze(self.across)
-
     def begin(self, problem: Problem, a: Context, b: Tensor) -> Rows:
         """Rows that start at ``b`` ``(L, *)``, evaluated there."""
         value, grad = value_and_grad(problem, b, a)
         check_value(value, b)
         at, grad = self._flat(b), self._flat(grad)
-        residual = self.dot(grad, grad).sqrt()
-        end = torch.where(
-            residual <= tolerance(self.tol, b.dtype),
-            int(Status.CONVERGED),
-            int(Status.RUNNING if self.steps else Status.LIMIT),
-        )
-        status = torch.where(value.isfinite() & residual.isfinite(), end, int(Status.DIVERGED)).to(torch.int32)
-        none = torch.zeros_like(status)
-        return Rows(at, value, residual, value, none, none + 1, status, self.init(at, value, grad))
+        return self.enter(at, value, self.dot(grad, grad).sqrt(), self.init(at, value, grad))
 
     def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
         """One round: value and gradient of every row where its state asks for them, and what follows from that."""
@@ -352,38 +445,18 @@ class GradientSolver(Solver):
             return super().rounds(problem, a, rows, shape)
         return compiled_rounds(self, problem, a, rows, shape)
 
+    def between(self, rows: Rows) -> int:
+        """Rounds until the next look: two where they are compiled, as leaving the compiled code costs something."""
+        return max(super().between(rows), 2 if self.compiled else 1)
+
     def tell(self, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
         """What one evaluation means for each row: its best so far, its status, and its next point."""
-        residual = self.dot(grad, grad).sqrt()
-        running = rows.status == int(Status.RUNNING)
-        finite = value.isfinite() & residual.isfinite()
-        # Values within rounding of the lowest cannot be told apart: the smaller gradient decides, and one below the
-        # tolerance may sit a little higher (gradients stay accurate where values have drowned in rounding).
-        eps = torch.finfo(value.dtype).eps
-        done = residual <= tolerance(self.tol, value.dtype)
-        rounding = torch.where(done, eps ** (2 / 3), 32 * eps) * rows.lowest.abs()
-        as_low = (value <= rows.lowest + rounding) & (residual < rows.residual)
-        better = running & finite & ((value < rows.lowest - rounding) | as_low)
-        at = self.wide(better)
         state = self.step(rows.state, value, grad)
-        evaluations = rows.evaluations + running
-        status = torch.where(evaluations > self.steps, int(Status.LIMIT), int(Status.RUNNING))
-        stalled = self.stalled(state)
-        if stalled is not None:
-            status = torch.where(stalled, int(Status.LIMIT), status)
-        if not self.recovers:
-            status = torch.where(finite, status, int(Status.DIVERGED))
-        status = torch.where(better & done, int(Status.CONVERGED), status)
-        return Rows(
-            b=torch.where(at, rows.state.b, rows.b),
-            value=torch.where(better, value, rows.value),
-            residual=torch.where(better, residual, rows.residual),
-            lowest=torch.where(better, torch.minimum(value, rows.lowest), rows.lowest),
-            iterations=torch.where(running, state.iterations, rows.iterations),
-            evaluations=evaluations,
-            status=torch.where(running, status, rows.status).to(torch.int32),
-            state=state,
-        )
+        residual = self.dot(grad, grad).sqrt()
+        return self.settle(
+            rows, rows.state.b, value, residual, state, state.iterations,
+            stalled=self.stalled(state), recovers=self.recovers,
+        )  # fmt: skip
 
     def visited(self, state: Any) -> Tensor:
         """The iterate to hand out ``(L, n)``: the next point, or the last accepted one where points are only trials."""
@@ -413,45 +486,54 @@ class GradientSolver(Solver):
 
 
 @functools.cache
-def _compiler() -> tuple[Any, Any]:
-    """A whole round, and a round after its evaluation, to be compiled on first use."""
+def _compiler() -> tuple[Any, Any, Any]:
+    """An evaluation, what follows from it, and both in one: to be compiled on first use."""
 
-    def whole(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: tuple[int, ...]) -> Rows:
+    def evaluate(problem: Problem, b: Tensor, a: Context) -> tuple[Tensor, Tensor]:
         def total(b: Tensor) -> tuple[Tensor, Tensor]:
             value = problem.objective(b, a)
             return value.sum(), value
 
-        grad, value = torch.func.grad(total, has_aux=True)(solver._shaped(rows.state.b, (-1, *shape)))
-        return solver.tell(rows, value, solver._flat(grad))
+        grad, value = torch.func.grad(total, has_aux=True)(b)
+        return value, grad
 
-    def told(solver: GradientSolver, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
+    def tell(solver: GradientSolver, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
         return solver.tell(rows, value, grad)
 
-    return torch.compile(whole, fullgraph=True), torch.compile(told, fullgraph=True)
+    def both(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: tuple[int, ...]) -> Rows:
+        value, grad = evaluate(problem, solver._shaped(rows.state.b, shape), a)
+        return solver.tell(rows, value, solver._flat(grad))
+
+    return tuple(torch.compile(f, fullgraph=True) for f in (evaluate, tell, both))  # type: ignore[return-value]
 
 
-_UNTRACEABLE: set[int] = set()
+_UNTRACEABLE: set[type] = set()
 
 
 def compiled_rounds(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
     """The rounds between two looks, compiled for any number of rows above one."""
-    whole, told = _compiler()
-    # Rows fresh from init share memory in places, which would compile anew; the copy makes every call look the same.
-    rows = map_leaves(lambda x: x.clone(memory_format=torch.contiguous_format), rows)
-    for x in leaves(rows):
-        torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if solver.axis else 0)
+    evaluate, tell, both = _compiler()
+    if solver.fuses:
+        # Rows fresh from init share memory in places, which would compile anew; with a copy every call looks the same.
+        rows = map_leaves(lambda x: x.clone(memory_format=torch.contiguous_format), rows)
+        for x in leaves(rows):
+            torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if solver.axis else 0)
     for x in leaves(a):
         torch._dynamo.maybe_mark_dynamic(x, 0)
     with torch._dynamo.config.patch(recompile_limit=64):
-        for _ in range(solver.sync):
-            if id(type(problem)) not in _UNTRACEABLE:
-                try:
-                    rows = whole(solver, problem, a, rows, tuple(shape[1:]))
+        for _ in range(solver.between(rows)):
+            traceable = type(problem) not in _UNTRACEABLE
+            try:
+                if traceable and solver.fuses:
+                    rows = both(solver, problem, a, rows, (-1, *shape[1:]))
                     continue
-                except torch._dynamo.exc.Unsupported as error:
-                    _UNTRACEABLE.add(id(type(problem)))
-                    why = str(error).splitlines()[0]
-                    warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
-            value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
-            rows = told(solver, rows, value, solver._flat(grad).contiguous())
+                point = solver._shaped(rows.state.b, shape)
+                torch._dynamo.maybe_mark_dynamic(point, 0)
+                value, grad = (evaluate if traceable else value_and_grad)(problem, point, a)
+            except torch._dynamo.exc.Unsupported as error:
+                _UNTRACEABLE.add(type(problem))
+                why = str(error).splitlines()[0]
+                warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
+                value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
+            rows = (tell if solver.fuses else GradientSolver.tell)(solver, rows, value, solver._flat(grad))
     return rows

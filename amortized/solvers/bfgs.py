@@ -35,10 +35,11 @@ class BFGS(QuasiNewton):
     axis = -1
 
     def num_lanes(self, b: Tensor) -> int:
-        """Rows whose matrices fit in about a megabyte, at least 64 and at most 4096."""
+        """Rows whose matrices fit in cache: a megabyte compiled, more where every operation is dispatched."""
         if self.lanes or b.is_cuda:
             return self.lanes or len(b)
-        return min(4096, max(64, 2**20 // (b[0].numel() ** 2 * b.element_size())))
+        room = 2**20 if self.compiled else 2**22
+        return min(4096, max(64, room // (b[0].numel() ** 2 * b.element_size())))
 
     def ignorant(self, b: Tensor) -> Matrix:
         """H = 1."""

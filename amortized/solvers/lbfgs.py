@@ -78,6 +78,8 @@ class LBFGS(QuasiNewton):
         self.small = BFGS(steps, tol, noise, unroll, lanes, compile) if dense else None
         self.dense = dense
 
+    fuses = False
+
     def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
         """As :meth:`Solver.solve`; with few unknowns by :class:`~amortized.solvers.BFGS`."""
         if self.small is not None and len(b) and b[0].numel() <= self.dense:

@@ -1,0 +1,130 @@
+"""Fixed points of a map: damped iteration and Anderson acceleration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amortized.problem import Context, FixedPoint, map_leaves
+from amortized.solvers.base import Rows, RowSolver, ordinary, require
+
+
+class Mixed(NamedTuple):
+    """The point to apply the map to, and the last m changes of points and of their residuals."""
+
+    b: Tensor
+    last: Tensor
+    last_residual: Tensor
+    points: Tensor
+    residuals: Tensor
+    iterations: Tensor
+    fresh: Tensor
+    """Changes since the row last started over ``(L,)``; −1 where there is no last point either."""
+
+
+class Anderson(RowSolver):
+    r"""``b = T(b; a)``, by Anderson acceleration of ``b ← b + β f``, ``f = T(b; a) − b``.
+
+    With ΔX, ΔF the last ``memory`` changes of b and f: ``b ← b + β f − (ΔX + β ΔF) γ``, ``γ = argmin ‖f − ΔF γ‖``. With
+    ``memory = 0`` it is the damped iteration itself, which converges where ``(1 − β) + β T`` contracts. A row whose
+    residual has grown tenfold over its best starts over from there.
+
+    The problem has ``update(b, a) -> (B, *)`` (:class:`~amortized.problem.FixedPoint`). ``residual`` is ‖f‖ and decides
+    which iterate is best; ``value`` is the problem's objective where it has one, else ½ ‖f‖².
+
+    Source: Walker & Ni (2011); restarts as in Zhang, O'Donoghue & Boyd (2020), simplified.
+
+    Args:
+        steps: applications of T after the first, at most; in :meth:`iterates`, the number of iterates.
+        memory: m, the changes kept; 0 for the damped iteration.
+        damping: β in (0, 1].
+        regularization: added to ``ΔFᵀΔF``, relative to its trace.
+        tol: residual at which a row is finished; None chooses by dtype.
+        lanes: rows at work at a time; None for all.
+
+    Raises:
+        TypeError: from :meth:`solve`, if the problem lacks ``update``.
+        ValueError: if ``damping`` or ``memory`` is out of range.
+    """
+
+    def __init__(
+        self,
+        steps: int = 500,
+        memory: int = 5,
+        damping: float = 1.0,
+        regularization: float = 1e-12,
+        tol: float | None = None,
+        lanes: int | None = None,
+    ) -> None:
+        super().__init__(steps, tol, lanes)
+        if not 0 < damping <= 1 or memory < 0:
+            raise ValueError(f"damping must be in (0, 1] and memory not negative, got {damping} and {memory}")
+        self.memory, self.damping, self.regularization = memory, damping, regularization
+
+    def _look(self, problem: Any, a: Context, b: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        f = (problem.update(b.reshape(shape), a)).reshape(b.shape) - b
+        residual = f.norm(dim=1)
+        value = problem.objective(b.reshape(shape), a) if hasattr(problem, "objective") else residual**2 / 2
+        return f, residual, value
+
+    def begin(self, problem: FixedPoint, a: Context, b: Tensor) -> Rows:  # type: ignore[override]
+        """Rows that start at ``b``, with the first damped step."""
+        require(self, problem, "update")
+        flat = self._flat(b)
+        f, residual, value = self._look(problem, a, flat, b.shape)
+        changes = flat.new_zeros(len(flat), self.memory, flat.shape[1])
+        none = torch.zeros_like(residual, dtype=torch.int32)
+        state = Mixed(flat + self.damping * f, flat, f, changes, changes, none + 1, none)
+        return self.enter(flat, value, residual, state, merit=residual)
+
+    def advance(self, problem: FixedPoint, a: Context, rows: Rows, shape: torch.Size) -> Rows:  # type: ignore[override]
+        """One application of the map to every row, and the mix that follows."""
+        state = rows.state
+        f, residual, value = self._look(problem, a, state.b, shape)
+        ahead, points, residuals, fresh = self._mix(state, f)
+        over = ((residual > 10 * rows.residual) | ~residual.isfinite()) & (self.memory > 0)
+        # Back to the best point, with nothing remembered: its own residual is looked at again.
+        back = over.unsqueeze(1)
+        state = Mixed(
+            b=torch.where(back, rows.b, ahead),
+            last=torch.where(back, rows.b, state.b),
+            last_residual=torch.where(back, 0, f),
+            points=torch.where(back.unsqueeze(2), 0, points),
+            residuals=torch.where(back.unsqueeze(2), 0, residuals),
+            iterations=state.iterations + 1,
+            fresh=torch.where(over, -1, fresh),
+        )
+        return self.settle(
+            rows, rows.state.b, value, residual, state, state.iterations, merit=residual, recovers=self.memory > 0
+        )
+
+    def _mix(self, state: Mixed, f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        m, beta = self.memory, self.damping
+        if not m:
+            return state.b + beta * f, state.points, state.residuals, state.fresh
+        fits = (torch.arange(m, device=f.device) == (state.fresh % m).unsqueeze(1)) & (state.fresh >= 0).unsqueeze(1)
+        here = fits.unsqueeze(2)
+        points = torch.where(here, (state.b - state.last).unsqueeze(1), state.points)
+        residuals = torch.where(here, (f - state.last_residual).unsqueeze(1), state.residuals)
+        gram = residuals @ residuals.mT
+        ridge = self.regularization * gram.diagonal(dim1=1, dim2=2).sum(1) + torch.finfo(f.dtype).tiny
+        gram = gram + ridge[:, None, None] * torch.eye(m, dtype=f.dtype, device=f.device)
+        gamma, _ = torch.linalg.solve_ex(gram, residuals @ f.unsqueeze(2))
+        move = (points + beta * residuals).mT @ gamma
+        ahead = state.b + beta * f - move.squeeze(2)
+        plain = state.b + beta * f
+        return torch.where(ahead.isfinite().all(1, keepdim=True), ahead, plain), points, residuals, state.fresh + 1
+
+    def iterates(self, problem: FixedPoint, a: Context, b: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
+        """``steps`` damped iterates after ``b``, each ``(B, *)``, not accelerated, on the graph where gradients are on."""
+        require(self, problem, "update")
+        graph = torch.is_grad_enabled()
+        for k in range(self.steps):
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
+                if not graph and k == 0:
+                    a, b = map_leaves(ordinary, a), ordinary(b)
+                b = (1 - self.damping) * b + self.damping * problem.update(b, a)
+            yield b

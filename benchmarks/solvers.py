@@ -1,0 +1,375 @@
+"""Inner loops against their rivals: instances per second to gradient norm 1e-6, one run, one core, float64.
+
+``python -m benchmarks.solvers [--quick] [--full] --json FILE`` prints a table and writes
+``{"rows": [{"id", "value", "goal", "holds", "detail"}]}``. Rivals that are not installed are named and skipped;
+``pip install amortized[benchmarks]`` brings them.
+
+The clock is the process's CPU time, so that other work on the machine weighs on both sides alike, with every thread
+pool set to one. Warm: compilation comes before the timing, and is stated. Rivals in JAX are tuned in chunk size and
+tolerance; loops over single instances are timed on a few of them. A ratio above 1 means we are faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amortized.problem import value_and_grad
+from amortized.solvers import BFGS, LBFGS
+from amortized.solvers.base import Solution, Solver
+
+TOL = 1e-6
+
+
+class Shape(NamedTuple):
+    """The contexts of Rosenbrock: where its minimum is, and how steep its valley."""
+
+    at: Tensor
+    steep: Tensor
+
+
+class Rosenbrock:
+    """Σ steep (y − x²)² + (at − x)² over n / 2 pairs."""
+
+    def objective(self, b: Tensor, a: Shape) -> Tensor:
+        x, y = b[:, 0::2], b[:, 1::2]
+        return (a.steep.unsqueeze(1) * (y - x * x) ** 2 + (a.at.unsqueeze(1) - x) ** 2).sum(1)
+
+    @staticmethod
+    def jax(n: int) -> Callable[[Any, Any], Any]:
+        def f(b: Any, a: Any) -> Any:
+            x, y = b[0::2], b[1::2]
+            return (a[1] * (y - x * x) ** 2 + (a[0] - x) ** 2).sum()
+
+        return f
+
+    @staticmethod
+    def data(rows: int, n: int) -> tuple[Shape, Tensor]:
+        g = torch.Generator().manual_seed(0)
+        at = 0.5 + torch.rand(rows, generator=g, dtype=torch.float64)
+        steep = 10 + 90 * torch.rand(rows, generator=g, dtype=torch.float64)
+        start = torch.tensor([-1.2, 1.0], dtype=torch.float64).repeat(n // 2)
+        return Shape(at, steep), start + 0.3 * torch.randn(rows, n, generator=g, dtype=torch.float64)
+
+
+class Logistic:
+    """Mean logistic loss of 5 n (at least 20) labelled points plus 0.005 ‖b‖²; the points are shared by all rows."""
+
+    def __init__(self, n: int) -> None:
+        g = torch.Generator().manual_seed(5)
+        self.points = torch.randn(max(5 * n, 20), n, generator=g, dtype=torch.float64) * 2 / n**0.5
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        z = b @ self.points.T
+        return (torch.nn.functional.softplus(z) - a * z).mean(1) + 0.005 * (b * b).sum(1)
+
+    def jax(self, n: int) -> Callable[[Any, Any], Any]:
+        import jax
+
+        points = jax.numpy.asarray(self.points.numpy())
+
+        def f(b: Any, a: Any) -> Any:
+            z = points @ b
+            return (jax.nn.softplus(z) - a[0] * z).mean() + 0.005 * (b * b).sum()
+
+        return f
+
+    def data(self, rows: int, n: int) -> tuple[Tensor, Tensor]:
+        g = torch.Generator().manual_seed(1)
+        weights = torch.randn(rows, n, generator=g, dtype=torch.float64)
+        drawn = torch.rand(rows, len(self.points), generator=g, dtype=torch.float64)
+        return (drawn < torch.sigmoid(weights @ self.points.T)).double(), torch.zeros(rows, n, dtype=torch.float64)
+
+
+class Counted:
+    """A problem that counts the rows it evaluates."""
+
+    def __init__(self, problem: Any) -> None:
+        self.problem, self.rows = problem, 0
+
+    def objective(self, b: Tensor, a: Any) -> Tensor:
+        self.rows += len(b)
+        return self.problem.objective(b, a)
+
+
+class Rate(NamedTuple):
+    """How fast, how well, on how many instances."""
+
+    per_second: float
+    converged: float
+    note: str = ""
+
+
+def seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median CPU time of a call, after one to warm up."""
+    run()
+    taken = []
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        taken.append(time.process_time() - start)
+    return statistics.median(taken)
+
+
+def share_converged(problem: Any, a: Any, b: Tensor) -> float:
+    _, grad = value_and_grad(problem, b, a)
+    return float((grad.norm(dim=1) <= TOL).double().mean())
+
+
+def ours(problem: Any, a: Any, b: Tensor, compiled: bool, repeats: int) -> tuple[Rate, Solution]:
+    n = b.shape[1]
+    dense = n <= (30 if compiled else 8)
+    make: Callable[..., Solver] = BFGS if dense else LBFGS
+    more = {} if dense else {"memory": 6, "dense": 0}
+    solver = make(steps=5000, compile=compiled, **more)
+    start = time.time()
+    found = solver.solve(problem, a, b)
+    first = time.time() - start
+    rate = len(b) / seconds(lambda: solver.solve(problem, a, b), repeats)
+    note = f"{make.__name__}" + (f", compiled in {first:.0f} s" if compiled else "")
+    return Rate(rate, share_converged(problem, a, found.b), note), found
+
+
+def torch_loop(problem: Any, a: Any, b: Tensor, repeats: int, flat: bool = False, few: int = 8) -> Rate:
+    """``torch.optim.LBFGS``, one instance after another, or (``flat``) on the sum of all at once."""
+    rows = [slice(None)] if flat else [slice(i, i + 1) for i in range(few)]
+    ends: list[Tensor] = []
+
+    def run() -> None:
+        ends.clear()
+        for row in rows:
+            x = b[row].clone().requires_grad_()
+            here = type(a)(*(leaf[row] for leaf in a)) if isinstance(a, tuple) else a[row]
+            optimizer = torch.optim.LBFGS(
+                [x], max_iter=3000, max_eval=6000, tolerance_grad=TOL / b.shape[1] ** 0.5, tolerance_change=1e-15,
+                history_size=10, line_search_fn="strong_wolfe",
+            )  # fmt: skip
+
+            def closure(x: Tensor = x, here: Any = here, optimizer: Any = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                total = problem.objective(x, here).sum()
+                total.backward()
+                return total
+
+            optimizer.step(closure)
+            ends.append(x.detach())
+
+    taken = seconds(run, repeats)
+    end = torch.cat(ends)
+    some = a if flat else (type(a)(*(leaf[:few] for leaf in a)) if isinstance(a, tuple) else a[:few])
+    return Rate(len(end) / taken, share_converged(problem, some, end))
+
+
+def scipy_loop(problem: Any, a: Any, b: Tensor, repeats: int, few: int = 8) -> Rate:
+    """SciPy's L-BFGS-B with torch gradients, one instance after another."""
+    optimize = importlib.import_module("scipy.optimize")
+    ends: list[Tensor] = []
+
+    def run() -> None:
+        ends.clear()
+        for i in range(few):
+            here = type(a)(*(leaf[i : i + 1] for leaf in a)) if isinstance(a, tuple) else a[i : i + 1]
+
+            def both(x: np.ndarray, here: Any = here) -> tuple[float, np.ndarray]:
+                value, grad = value_and_grad(problem, torch.from_numpy(x)[None], here)
+                return value.item(), grad[0].numpy()
+
+            options = {"gtol": TOL / b.shape[1] ** 0.5, "ftol": 0, "maxiter": 5000, "maxfun": 50000}
+            found = optimize.minimize(both, b[i].numpy(), jac=True, method="L-BFGS-B", options=options)
+            ends.append(torch.from_numpy(found.x)[None])
+
+    taken = seconds(run, repeats)
+    some = type(a)(*(leaf[:few] for leaf in a)) if isinstance(a, tuple) else a[:few]
+    return Rate(few / taken, share_converged(problem, some, torch.cat(ends)))
+
+
+def botorch_batched(problem: Any, a: Any, b: Tensor, repeats: int, few: int = 128) -> Rate:
+    """BoTorch's loop over SciPy's state machine with batched evaluation."""
+    batched = importlib.import_module("botorch.optim.batched_lbfgs_b")
+    some = type(a)(*(leaf[:few] for leaf in a)) if isinstance(a, tuple) else a[:few]
+    start = b[:few].numpy()
+    ends: list[Tensor] = []
+
+    def both(x: Any, batch_indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        index = torch.as_tensor(batch_indices)
+        here = type(a)(*(leaf[index] for leaf in some)) if isinstance(a, tuple) else some[index]
+        value, grad = value_and_grad(problem, torch.as_tensor(np.asarray(x)), here)
+        return value.numpy(), grad.numpy()
+
+    def run() -> None:
+        ends.clear()
+        xs, *_ = batched.fmin_l_bfgs_b_batched(
+            both, start, pgtol=TOL / b.shape[1] ** 0.5, factr=0, maxiter=5000, pass_batch_indices=True
+        )
+        ends.append(torch.as_tensor(np.asarray(xs)))
+
+    taken = seconds(run, repeats)
+    return Rate(few / taken, share_converged(problem, some, ends[0]))
+
+
+def jax_tuned(problem: Any, a: Any, b: Tensor, repeats: int) -> Rate:
+    """The best of optimistix (BFGS, L-BFGS) and optax (L-BFGS), jitted, vmapped, in chunks that suit the cache."""
+    jax, optx, optax = (importlib.import_module(name) for name in ("jax", "optimistix", "optax"))
+    jax.config.update("jax_enable_x64", True)
+    n, f = b.shape[1], problem.jax(b.shape[1])
+    leaves = tuple(leaf.numpy() for leaf in (a if isinstance(a, tuple) else (a,)))
+
+    def by_optimistix(solver: Any, tol: float) -> Callable[[Any, Any], Any]:
+        def one(x: Any, here: Any) -> Any:
+            return optx.minimise(f, solver(rtol=tol, atol=tol), x, here, max_steps=5000, throw=False).value
+
+        return one
+
+    def by_optax(x: Any, here: Any) -> Any:
+        method = optax.lbfgs()
+        both = optax.value_and_grad_from_state(lambda x: f(x, here))
+
+        def step(carry: Any) -> Any:
+            x, state = carry
+            value, grad = both(x, state=state)
+            move, state = method.update(grad, state, x, value=value, grad=grad, value_fn=lambda x: f(x, here))
+            return optax.apply_updates(x, move), state
+
+        def goes_on(carry: Any) -> Any:
+            _, state = carry
+            count, grad = optax.tree.get(state, "count"), optax.tree.get(state, "grad")
+            return (count == 0) | ((count < 3000) & (optax.tree.norm(grad) > TOL))
+
+        return jax.lax.while_loop(goes_on, step, (x, method.init(x)))[0]
+
+    chunks = {2: (1024, 4096), 20: (64, 256), 200: (8, 32)}.get(n, (64,))
+    kinds = [("optax L-BFGS", by_optax)]
+    for solver in ([optx.BFGS] if n <= 20 else []) + [optx.LBFGS]:
+        kinds += [(f"optimistix {solver.__name__} tol {tol:.0e}", by_optimistix(solver, tol)) for tol in (1e-6, 1e-8)]
+    best = Rate(0.0, 0.0, "none reached the tolerance")
+    for name, one in kinds:
+        for chunk in chunks:
+            if chunk > len(b):
+                continue
+            run_chunk = jax.jit(jax.vmap(one))
+            ends: list[Any] = []
+
+            def run(run_chunk: Any = run_chunk, ends: list[Any] = ends, chunk: int = chunk) -> None:
+                ends.clear()
+                for i in range(0, len(b), chunk):
+                    here = tuple(leaf[i : i + chunk] for leaf in leaves)
+                    ends.append(run_chunk(b[i : i + chunk].numpy(), here))
+                jax.block_until_ready(ends)
+
+            start = time.time()
+            taken = seconds(run, 1)
+            if time.time() - start < 60:
+                taken = seconds(run, repeats)
+            found = torch.from_numpy(np.concatenate([np.asarray(end) for end in ends]).copy())
+            rate = Rate(len(b) / taken, share_converged(problem, a, found), f"{name}, chunks of {chunk}")
+            if rate.converged >= 0.995 and rate.per_second > best.per_second:
+                best = rate
+    return best
+
+
+def evaluation_share(problem: Any, a: Any, b: Tensor, counted: int, whole: float) -> float:
+    """The time that evaluating as many rows in this batch's size would take, as a share of the whole solve."""
+    one = seconds(lambda: value_and_grad(problem, b, a), 5)
+    return one * counted / len(b) / whole
+
+
+GOALS = {
+    "torch.optim loop": lambda name, n: 50 if n <= 20 else 10,
+    "scipy loop": lambda name, n: 30 if n <= 20 else 8,
+    "botorch": lambda name, n: 5 if n <= 20 else (3 if name == "rosenbrock" else 1.5),
+    "jax": lambda name, n: 0.3,
+    "flat": lambda name, n: 1.0,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small cells, eager, the loops only: under a minute")
+    parser.add_argument("--full", action="store_true", help="also B = 64 and 16384: an hour")
+    parser.add_argument("--json", help="where to write the rows")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    rows: list[dict[str, Any]] = []
+
+    def add(id: str, value: float, goal: float | None, detail: str, at_most: bool = False) -> None:
+        holds = None if goal is None else bool(value <= goal if at_most else value >= goal)
+        rows.append({"id": id, "value": value, "goal": goal, "holds": holds, "detail": detail})
+        verdict = {None: "", True: "holds", False: "FALLS SHORT"}[holds]
+        sign = "" if goal is None else f"{'<=' if at_most else '>='} {goal:g}"
+        print(f"{id:48s} {value:12.3g} {sign:9s} {verdict:11s} {detail}", flush=True)
+
+    repeats = 3 if options.quick else 5
+    sizes = (64, 1024, 16384) if options.full else (1024,)
+    ratios: list[float] = []
+    for name, make in (("rosenbrock", lambda n: Rosenbrock()), ("logistic", Logistic)):
+        for n in (2, 20) if options.quick else (2, 20, 200):
+            problem = make(n)
+            for size in sizes:
+                a, b = problem.data(size, n)
+                cell = f"{name} n={n} B={size}"
+                eager, found = ours(problem, a, b, False, repeats)
+                add(f"{cell} eager", eager.per_second, None, f"per s, {eager.converged:.4f} converged, {eager.note}")
+                add(f"{cell} converged", eager.converged, 1.0, f"{found.evaluations.double().mean():.1f} evaluations")
+                counted = Counted(problem)
+                dense = n <= 8
+                again = (BFGS(steps=5000) if dense else LBFGS(steps=5000, memory=6, dense=0)).solve(counted, a, b)
+                needed = int(again.evaluations.sum())
+                waste = (counted.rows - 1) / needed
+                add(f"{cell} evaluations per needed", waste, 1.15 if size >= 1024 else None, "", at_most=True)
+                whole = size / eager.per_second
+                share = evaluation_share(problem, a, b, counted.rows, whole)
+                goal = 0.5 if (name, n) == ("logistic", 200) else None
+                add(f"{cell} share of evaluation", share, goal, f"{whole * 1e6 / counted.rows:.2f} us a row-evaluation")
+                over = {2: 0.2, 20: 1.3, 200: 6}[n]
+                add(f"{cell} overhead, us", whole * (1 - share) * 1e6 / counted.rows, over, "eager", at_most=True)
+                best = eager
+                if not options.quick:
+                    best, _ = ours(problem, a, b, True, repeats)
+                    add(
+                        f"{cell} compiled", best.per_second, None, f"per s, {best.converged:.4f} converged, {best.note}"
+                    )
+                rivals: dict[str, tuple[Rate, Callable[[], Rate]]] = {
+                    "torch.optim loop": (eager, lambda a=a, b=b, p=problem: torch_loop(p, a, b, 1)),
+                    "scipy loop": (eager, lambda a=a, b=b, p=problem: scipy_loop(p, a, b, 1)),
+                    "flat": (best, lambda a=a, b=b, p=problem: torch_loop(p, a, b, 1, flat=True)),
+                }
+                if not options.quick:
+                    rivals["botorch"] = (best, lambda a=a, b=b, p=problem: botorch_batched(p, a, b, 1))
+                    rivals["jax"] = (best, lambda a=a, b=b, p=problem: jax_tuned(p, a, b, 3))
+                for rival, (mine, run) in rivals.items():
+                    try:
+                        theirs = run()
+                    except ModuleNotFoundError as error:
+                        print(f"{cell} / {rival}: skipped, {error.name} is not installed (amortized[benchmarks])")
+                        continue
+                    counts = size >= 1024 and not (rival == "flat" and theirs.converged < 0.995)
+                    goal = GOALS[rival](name, n) if counts else None
+                    starred = rival == "jax" and (name, n) == ("logistic", 200)
+                    ratio = mine.per_second / max(theirs.per_second, 1e-9)
+                    detail = f"theirs {theirs.per_second:.4g}/s, {theirs.converged:.4f} converged {theirs.note}"
+                    add(f"{cell} / {rival}", ratio, None if starred else goal, detail)
+                    if rival == "jax" and not starred and size >= 1024:
+                        ratios.append(ratio)
+    if ratios:
+        add("geometric mean / jax", float(np.exp(np.mean(np.log(ratios)))), 1.0, f"{len(ratios)} cells")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
