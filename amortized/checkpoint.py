@@ -109,9 +109,10 @@ def _load(path: Path, check: Check) -> dict[str, Any]:
     except Exception as error:
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is damaged: {cause}") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is no checkpoint of a module: it has no state_dict")
-    for name, weight in checkpoint["state_dict"].items():
+    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{path} is no checkpoint of a module: it holds no weights by name")
+    for name, weight in weights.items():
         if isinstance(weight, Tensor) and weight.is_floating_point() and not torch.isfinite(weight).all():
             raise CheckpointError(f"{path} is refused: {name} holds NaN or infinite weights")
     check(path, checkpoint)

@@ -100,6 +100,20 @@ class MetricsLogger(Logger):
         self._lines = None
 
 
+class LaunchedWandbLogger(WandbLogger):
+    """Ends the W&B run also in a process that the Trainer forked: that exits without writing what is still in memory."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._process = os.getpid()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if os.getpid() != self._process:
+            finish(self, exit_code=int(status != "success"))
+
+
 def wandb_logger(folder: Path, mode: str, recipe: str, config: dict[str, Any]) -> WandbLogger:
     """A logger for one W&B run. What resumes in the same folder continues that run: the folder holds its id.
 
@@ -111,7 +125,7 @@ def wandb_logger(folder: Path, mode: str, recipe: str, config: dict[str, Any]) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{recipe}-{folder.resolve().name}"
-    return WandbLogger(
+    return LaunchedWandbLogger(
         project="amortized",
         name=name,
         id=wandb_id(folder) or f"{name}-{secrets.token_hex(4)}",

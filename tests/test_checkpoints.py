@@ -108,6 +108,11 @@ def keep_weights_alone(path):
     checkpoint.save(torch.load(path, weights_only=True)["state_dict"], path)
 
 
+def keep_a_tensor(path):
+    torch.save(torch.zeros(3), path)
+    seal(path)
+
+
 def forget_recipe(path):
     rewrite(path, lambda saved: saved.pop(checkpoint.RECIPE))
 
@@ -136,7 +141,8 @@ FAULTS = {
     ),
     "payload": (hide_payload, "is refused: it holds more than tensors and plain values, and loading it could run code"),
     "text": (replace_by_text, "is no checkpoint file"),
-    "weights alone": (keep_weights_alone, "is no checkpoint of a module: it has no state_dict"),
+    "weights alone": (keep_weights_alone, "does not say which recipe it is of"),
+    "tensor": (keep_a_tensor, "is no checkpoint of a module: it holds no weights by name"),
     "no recipe": (forget_recipe, "does not say which recipe it is of"),
     "missing": (lambda path: path.unlink(), "no such checkpoint"),
 }

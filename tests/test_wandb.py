@@ -92,6 +92,22 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run():
     assert other.id != first.id
 
 
+def test_processes_of_one_run_lose_nothing():
+    run(
+        "--wandb=offline",
+        "--run_folder=kept",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp_fork",
+        "--budget.enabled=false",
+    )
+    runs = wandb_runs("kept")  # the processes that fit are not those that test
+    assert len({logged.id for logged in runs}) == 1
+    assert all(logged.exit_code == 0 for logged in runs)
+    for name in ("train/loss", "val/gap/mean", "test/gap/mean"):
+        kept = {int(line["step"]): float(line[name]) for line in metrics("kept") if line[name]}
+        assert {k: v for logged in runs for k, v in logged.curve(name).items()} == pytest.approx(kept), name
+
+
 def test_two_runs_of_one_process_do_not_mix(monkeypatch):
     import wandb
 
