@@ -140,11 +140,12 @@ class AmortizedModule(LightningModule, abc.ABC):
     def _update(self, a: Context) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        self.amortized_step(a).mean().backward()
+        loss = self.amortized_step(a).mean()
+        optimizer.zero_grad()  # first: the gradients of the last step are still there
+        loss.backward()
         if self.trainer.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm)
         optimizer.step()
-        optimizer.zero_grad()
 
     def validation_step(self, a: Context, batch_idx: int) -> Tensor:
         """The prediction, for callbacks to measure; its mean objective is logged."""
