@@ -34,7 +34,9 @@ from amortized import checkpoint
 from amortized.callbacks import BudgetMonitor, Checkpoint, GapMonitor, Interrupt, Report
 from amortized.callbacks.checkpoint import raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
+from amortized.callbacks.progress import ProgressBar
 from amortized.contexts import ContextDataModule
+from amortized.lean import Unprofiled, skip_empty_hooks
 from amortized.loggers import MetricsLogger, log_checkpoint, wandb_logger
 from amortized.module import AmortizedModule
 from amortized.problem import ProblemError
@@ -238,9 +240,15 @@ class AmortizedCLI(LightningCLI):
         gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
         callbacks = list(settings["trainer"]["callbacks"] or [])
         if settings["trainer"]["enable_progress_bar"] is not False and not any(isinstance(c, TQDMProgressBar) for c in callbacks):
-            callbacks.append(TQDMProgressBar(refresh_rate=20))  # each refresh costs as much as a small network's step
-        kwargs["callbacks"] = [*callbacks, Interrupt(saver), Report(self.recipe, gap, budget), PredictionWriter()]
-        return super().instantiate_trainer(**kwargs)
+            callbacks.append(ProgressBar())
+        kwargs["callbacks"] = [*callbacks, Interrupt(saver), Report(self.recipe, gap, budget)]
+        if self.subcommand == "predict":
+            kwargs["callbacks"].append(PredictionWriter())
+        if settings["trainer"]["profiler"] is None:
+            kwargs["profiler"] = Unprofiled()
+        trainer = super().instantiate_trainer(**kwargs)
+        skip_empty_hooks(trainer)
+        return trainer
 
     def _run_folder(self, settings: Any) -> Path:
         if settings["run_folder"]:
