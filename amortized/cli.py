@@ -36,7 +36,7 @@ from amortized.callbacks.checkpoint import raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
 from amortized.callbacks.progress import ProgressBar
 from amortized.contexts import ContextDataModule
-from amortized.lean import Unprofiled, skip_empty_hooks
+from amortized.lean import Unprofiled, lean
 from amortized.loggers import MetricsLogger, log_checkpoint, wandb_logger
 from amortized.module import AmortizedModule
 from amortized.problem import ProblemError
@@ -247,7 +247,7 @@ class AmortizedCLI(LightningCLI):
         if settings["trainer"]["profiler"] is None:
             kwargs["profiler"] = Unprofiled()
         trainer = super().instantiate_trainer(**kwargs)
-        skip_empty_hooks(trainer)
+        lean(trainer)
         return trainer
 
     def _run_folder(self, settings: Any) -> Path:

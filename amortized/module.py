@@ -12,7 +12,6 @@ so that one forward pass solves a problem. To state a new problem, subclass :cla
 from __future__ import annotations
 
 import abc
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -155,9 +154,6 @@ class AmortizedModule(LightningModule, abc.ABC):
         if self.trainer._logger_connector.should_update_logs:  # logging costs more than a small network's step
             self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
-
-    # Lightning asks for it at every step.
-    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
 
     def configure_gradient_clipping(  # noqa: D102
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
