@@ -247,7 +247,7 @@ class AmortizedCLI(LightningCLI):
         if settings["trainer"]["profiler"] is None:
             kwargs["profiler"] = Unprofiled()
         trainer = super().instantiate_trainer(**kwargs)
-        lean(trainer)
+        lean(trainer, self.model)
         return trainer
 
     def _run_folder(self, settings: Any) -> Path:

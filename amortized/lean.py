@@ -9,6 +9,8 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 
+from amortized.module import AmortizedModule
+
 STEP_HOOKS = (
     "on_train_batch_start",
     "on_before_zero_grad",
@@ -28,7 +30,7 @@ class Unprofiled(PassThroughProfiler):
         return self._nothing
 
 
-def lean(trainer: Trainer) -> None:
+def lean(trainer: Trainer, module: AmortizedModule) -> None:
     """Spare the trainer, in every training step, the hooks that a callback does not write and a look at a signature."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for hook in STEP_HOOKS:
@@ -36,6 +38,7 @@ def lean(trainer: Trainer) -> None:
                 setattr(callback, hook, None)  # Lightning calls what is callable
 
     def arguments(kwargs: OrderedDict, batch: Any, batch_idx: int) -> OrderedDict:
-        return OrderedDict(batch=batch, batch_idx=batch_idx)  # what AmortizedModule.training_step takes
+        return OrderedDict(batch=batch, batch_idx=batch_idx)
 
-    trainer.fit_loop.epoch_loop._build_kwargs = arguments  # type: ignore[method-assign]
+    if type(module).training_step is AmortizedModule.training_step:
+        trainer.fit_loop.epoch_loop._build_kwargs = arguments  # type: ignore[method-assign]
