@@ -17,6 +17,7 @@ from amortized.solvers import (
     Anderson,
     AugmentedLagrangian,
     MultiStart,
+    Newton,
     ProjectedGradient,
     Solver,
     Status,
@@ -378,3 +379,23 @@ def test_augmented_lagrangian_on_the_wavy_programs_of_dc3() -> None:
 def test_augmented_lagrangian_names_what_it_misses() -> None:
     with pytest.raises(TypeError, match="than Bowl has: equality or inequality"):
         AugmentedLagrangian().solve(Bowl(), *bowls())
+
+
+@pytest.mark.parametrize(
+    "solver", [FISTA(), ProjectedGradient(), ADMM(), Anderson(), Newton(), AugmentedLagrangian()],
+    ids=lambda s: type(s).__name__,
+)  # fmt: skip
+def test_order_and_company_do_not_matter(solver: Solver) -> None:
+    problem, a, b = programs(9, 8, shared=True)
+    problem.smooth, problem.prox = problem.objective, lambda b, t, a: b.clamp(-1, 1)
+    problem.project = lambda b, a: b.clamp(-1, 1)
+    problem.update = lambda b, a: 0.5 * b.cos() + 0.1 * a.q
+    problem.equality = lambda b, a: b.sum(1, keepdim=True) - 1
+    found = solver.solve(problem, a, b)
+    assert found.converged.all()
+    order = torch.tensor([4, 8, 0, 2, 6, 1, 3, 5, 7])
+    permuted = solver.solve(problem, QuadraticProgram(*(leaf[order] for leaf in a)), b[order])
+    torch.testing.assert_close(permuted.b, found.b[order], atol=2e-6, rtol=0)
+    parts = [slice(0, 4), slice(4, 9)]
+    apart = [solver.solve(problem, QuadraticProgram(*(leaf[part] for leaf in a)), b[part]).b for part in parts]
+    torch.testing.assert_close(torch.cat(apart), found.b, atol=2e-6, rtol=0)

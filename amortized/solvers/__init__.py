@@ -14,6 +14,7 @@ from amortized.solvers.lbfgs import LBFGS
 from amortized.solvers.multistart import Exploration, MultiStart
 from amortized.solvers.newton import Newton
 from amortized.solvers.projected_gradient import ProjectedGradient
+from amortized.solvers.tune import tune
 
 __all__ = [
     "ADMM",
@@ -34,4 +35,5 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "tune",
 ]

@@ -45,13 +45,13 @@ class _Lagrangian:
 class AugmentedLagrangian(Solver):
     r"""``min L(b; a)`` subject to ``c(b; a) = 0`` and ``d(b; a) ≤ 0``, by unconstrained solves in turn.
 
-    Each minimizes ``L + ρ/2 ‖c + λ/ρ‖² + ρ/2 ‖max(0, d + μ/ρ)‖²`` over b. After it ``λ ← λ + ρ c`` and ``μ ← max(0, μ + ρ d)`` in every row, and ρ grows tenfold in rows whose
-    violation fell by less than a factor of 4. The problem has ``equality(b, a)``, ``inequality(b, a)`` or both
-    (:class:`~amortized.problem.Constrained`).
+    Each minimizes ``L + ρ/2 ‖c + λ/ρ‖² + ρ/2 ‖max(0, d + μ/ρ)‖²`` over b. After it ``λ ← λ + ρ c`` and
+    ``μ ← max(0, μ + ρ d)`` in every row, and ρ grows tenfold in rows whose violation fell by less than a factor of 4.
+    The problem has ``equality(b, a)``, ``inequality(b, a)`` or both (:class:`~amortized.problem.Constrained`).
 
-    ``residual`` is the larger of the violation ``max(|c|, |max(d, −μ/ρ)|)`` and the gradient norm of the Lagrangian over
-    1 + ‖∇L‖; it decides which iterate is best, as objectives of infeasible points mean nothing. Where the problem is
-    not convex the point is a local minimum. Infeasible rows end as ``LIMIT``. For quadratic programs ADMM is faster.
+    ``residual`` is the larger of the violation ``max(|c|, |max(d, −μ/ρ)|)`` and the gradient norm of the Lagrangian
+    over 1 + ‖∇L‖; it decides which iterate is best, as objectives of infeasible points mean nothing. Where the problem
+    is not convex the point is a local minimum. Infeasible rows end as ``LIMIT``. For quadratic programs use ADMM.
 
     Source: Nocedal & Wright (2006), framework 17.3 with (17.55); Birgin & Martínez (2014) for the penalty.
 
