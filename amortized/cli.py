@@ -199,6 +199,9 @@ class AmortizedCLI(LightningCLI):
         parser.add_lightning_class_args(GapMonitor, "gap")
         parser.add_lightning_class_args(BudgetMonitor, "budget")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_argument(
+            "--threads", type=int | None, default=None, help="CPU threads of torch; one is best for small networks."
+        )
         parser.add_argument("--recipe", type=str | None, default=None, help="Name of the recipe; set by -c.")
         parser.add_argument(
             "--run_folder", type=str | None, default=None, help="The run's folder; default runs/RECIPE/TIME."
@@ -266,6 +269,10 @@ class AmortizedCLI(LightningCLI):
                 raise checkpoint.CheckpointError(f"there is no good checkpoint in {path}")
             return found
         return path
+
+    def before_instantiate_classes(self) -> None:
+        if threads := self.config[self.config.subcommand]["threads"]:
+            torch.set_num_threads(threads)
 
     def instantiate_classes(self) -> None:
         try:
