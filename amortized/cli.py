@@ -36,7 +36,9 @@ from amortized.callbacks import BudgetMonitor, Checkpoint, GapMonitor, Interrupt
 from amortized.callbacks.budget import default_rivals
 from amortized.callbacks.checkpoint import raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
+from amortized.callbacks.progress import ProgressBar
 from amortized.contexts import ContextDataModule
+from amortized.lean import Unprofiled, lean
 from amortized.loggers import MetricsLogger, finish, log_checkpoint, wandb_logger
 from amortized.losses import Loss
 from amortized.module import AmortizedModule
@@ -288,13 +290,20 @@ class AmortizedCLI(LightningCLI):
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), checkpoint.WholeCheckpointIO()]
         gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
         budget.rivals = budget.rivals or default_rivals(gap.solver)
-        callbacks = list(settings["trainer"]["callbacks"] or [])
+        given = settings["trainer"]["callbacks"] or []
+        callbacks = list(given) if isinstance(given, list) else [given]
         if settings["trainer"]["enable_progress_bar"] is not False and not any(
             isinstance(c, TQDMProgressBar) for c in callbacks
         ):
-            callbacks.append(TQDMProgressBar(refresh_rate=20))  # each refresh costs as much as a small network's step
-        kwargs["callbacks"] = [*callbacks, Interrupt(saver), Report(self.recipe, gap, budget), PredictionWriter()]
-        return super().instantiate_trainer(**kwargs)
+            callbacks.append(ProgressBar())
+        kwargs["callbacks"] = [*callbacks, Interrupt(saver), Report(self.recipe, gap, budget)]
+        if self.subcommand == "predict":
+            kwargs["callbacks"].append(PredictionWriter())
+        if settings["trainer"]["profiler"] is None:
+            kwargs["profiler"] = Unprofiled()
+        trainer = super().instantiate_trainer(**kwargs)
+        lean(trainer, self.model)
+        return trainer
 
     def _run_folder(self, settings: Any) -> Path:
         if settings["run_folder"]:

@@ -18,7 +18,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from amortized.problem import Context, ProblemError, leaves, map_leaves, num_rows, take
+from amortized.problem import Context, ProblemError, leaves, map_leaves, num_rows, start_draws, take
 
 _STREAMS = ("train", "val", "test", "order", "train noise", "val noise", "test noise", "predict noise")
 _BITS = 29  # of a 32-bit seed, for the number within a stream; 3 name the stream
@@ -205,12 +205,13 @@ class ContextDataModule(LightningDataModule):
             return batch
         assert self.trainer is not None
         split, number, contexts = batch
+        device = self.trainer.strategy.root_device
         if contexts is None:
-            contexts = self._draw(split, number, self.trainer.strategy.root_device)
+            contexts = self._draw(split, number, device)
         if split == "train":
             world = self.trainer.world_size
             self.position = (number - self.trainer.global_rank + world) * self.batches_per_step
-        torch.manual_seed(stream_seed(self.seed, f"{split} noise", number))
+        start_draws(stream_seed(self.seed, f"{split} noise", number), device)
         return contexts if len(contexts) > 1 else contexts[0]
 
     def _draw(self, split: str, number: int, device: torch.device | str) -> list[Context]:

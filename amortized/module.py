@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
+from amortized.contexts import Batch
 from amortized.losses import Loss, ObjectiveLoss
 from amortized.problem import Context, ProblemError, check_objective, draws, evaluate
 from amortized.solvers.base import Solver
@@ -116,6 +117,13 @@ class AmortizedModule(LightningModule, abc.ABC):
 
     # ---- Lightning
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in ``nn.Module``, whose way costs microseconds; Lightning notes the name of each hook, 42 times a step."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
@@ -124,6 +132,16 @@ class AmortizedModule(LightningModule, abc.ABC):
         if isinstance(scheduler["scheduler"], ReduceLROnPlateau):
             scheduler |= {"monitor": scheduler["scheduler"].monitor, "frequency": self.trainer.val_check_interval}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        return batch if isinstance(batch, Batch) else super()._on_before_batch_transfer(batch, dataloader_idx)
+
+    def _apply_batch_transfer_handler(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        if isinstance(batch, Batch) and batch.contexts is None:  # nothing to move: spares a search for who moves it
+            return self.trainer.datamodule.on_after_batch_transfer(batch, dataloader_idx)  # type: ignore[attr-defined]
+        return super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
 
     def training_step(self, batch: Context | list[Context], batch_idx: int) -> Tensor:
         """One update; a list of K context batches makes K updates, the first K - 1 of them without Lightning's overhead."""
@@ -134,17 +152,24 @@ class AmortizedModule(LightningModule, abc.ABC):
             self._update(contexts)
         loss = self.amortized_step(a).mean()
         if self.trainer._logger_connector.should_update_logs:  # logging costs more than a small network's step
-            self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+            self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if gradient_clip_val is not None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _update(self, a: Context) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        self.amortized_step(a).mean().backward()
+        loss = self.amortized_step(a).mean()
+        optimizer.zero_grad()  # first: the gradients of the last step are still there
+        loss.backward()
         if self.trainer.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm)
         optimizer.step()
-        optimizer.zero_grad()
 
     def validation_step(self, a: Context, batch_idx: int) -> Tensor:
         """The prediction, for callbacks to measure; its mean objective is logged."""

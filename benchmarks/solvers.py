@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amortized.problem import value_and_grad
-from amortized.solvers import BFGS, LBFGS
+from amortized.problem import QuadraticProgram, value_and_grad
+from amortized.solvers import ADMM, BFGS, LBFGS
 from amortized.solvers.base import Solution, Solver
+from amortized.solvers.outside import QPSolver
 
 TOL = 1e-6
 
@@ -280,6 +281,48 @@ def jax_tuned(problem: Any, a: Any, b: Tensor, repeats: int) -> Rate:
     return best
 
 
+class ConvexDC3:
+    """The convex programs of Donti, Rolnick & Kolter (2021): 100 unknowns, 50 equalities to x, 50 inequalities."""
+
+    def __init__(self) -> None:
+        draw = np.random.RandomState(17)
+        self.p, self.q = (torch.from_numpy(v) for v in (np.diag(draw.rand(100)), draw.rand(100)))
+        equal, x = draw.normal(size=(50, 100)), draw.uniform(-1, 1, size=(10000, 50))
+        above = draw.normal(size=(50, 100))
+        self.x, self.a = torch.from_numpy(x[-833:].copy()), torch.from_numpy(np.concatenate([equal, above]))
+        self.h = torch.from_numpy(np.abs(above @ np.linalg.pinv(equal)).sum(1))
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        return (0.5 * (b @ self.p) * b + self.q * b).sum(1)
+
+    def program(self, a: Tensor) -> QuadraticProgram:
+        free, h = torch.full_like(a, -torch.inf), self.h.expand(len(a), 50)
+        bounds = torch.cat([a, free], 1), torch.cat([a, h], 1)
+        return QuadraticProgram(self.p, self.q.expand(len(a), 100), self.a, *bounds)
+
+
+def osqp_loop(problem: ConvexDC3) -> tuple[float, float]:
+    """Seconds for all programs, one after another with the set-up reused, and the largest violation or dual residual."""
+    osqp, sparse = importlib.import_module("osqp"), importlib.import_module("scipy.sparse")
+    program = problem.program(problem.x)
+    lower, upper = (np.nan_to_num(v.numpy(), posinf=1e30, neginf=-1e30) for v in (program.lower, program.upper))
+    solver = osqp.OSQP()
+    solver.setup(
+        sparse.csc_matrix(program.P.numpy()), program.q[0].numpy(), sparse.csc_matrix(program.A.numpy()), lower[0], upper[0],
+        eps_abs=1e-6, eps_rel=0, verbose=False, polishing=False, max_iter=20000,
+    )  # fmt: skip
+    worst = [0.0]
+
+    def run() -> None:
+        worst[0] = 0.0
+        for low, high in zip(lower, upper, strict=True):
+            solver.update(l=low, u=high)
+            found = solver.solve()
+            worst[0] = max(worst[0], float(found.info.prim_res), float(found.info.dual_res))
+
+    return seconds(run, 3), worst[0]
+
+
 def evaluation_share(problem: Any, a: Any, b: Tensor, counted: int, whole: float) -> float:
     """The time that evaluating as many rows in this batch's size would take, as a share of the whole solve."""
     one = seconds(lambda: value_and_grad(problem, b, a), 5)
@@ -364,6 +407,23 @@ def main() -> None:
                     add(f"{cell} / {rival}", ratio, None if starred else goal, detail)
                     if rival == "jax" and not starred and size >= 1024:
                         ratios.append(ratio)
+    programs = ConvexDC3()
+    solver, zero = ADMM(), torch.zeros(833, 100, dtype=torch.float64)
+    found, dual = solver.solve_with_duals(programs, programs.x, zero)
+    proof = solver.certify(programs, programs.x, found.b, dual)
+    taken = seconds(lambda: solver.solve(programs, programs.x, zero), repeats)
+    quality = f"value {found.value.mean():.4f}, gap {proof.gap.max():.1e}, {taken:.3f} s for 833"
+    add("DC3 programs converged", float(found.converged.double().mean()), 1.0, quality)
+    try:
+        theirs, worst = osqp_loop(programs)
+        add("DC3 programs / OSQP loop", theirs / taken, 15, f"theirs {theirs:.3f} s, residual {worst:.1e}")
+        best = QPSolver("clarabel")
+        few, start = 50, time.process_time()
+        best.solve(programs, programs.x[:few], zero[:few])
+        theirs = (time.process_time() - start) * 833 / few / 2
+        add("DC3 programs / clarabel, 2 processes", theirs / taken, 1, f"theirs {theirs:.3f} s, half of one process's")
+    except ModuleNotFoundError as error:
+        print(f"DC3 programs: rivals skipped, {error.name} is not installed (amortized[benchmarks])")
     if ratios:
         add("geometric mean / jax", float(np.exp(np.mean(np.log(ratios)))), 1.0, f"{len(ratios)} cells")
     if options.json:

@@ -1,6 +1,7 @@
 """Solvers × problems × known minima, and what every solver promises about rows."""
 
 import math
+import shutil
 from typing import NamedTuple
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amortized.solvers import BFGS, LBFGS, Adam, GradientDescent, Solver, Status
+from amortized.solvers.tune import STEP_SIZES, adams, descents, tune
 
 
 class Curvature(NamedTuple):
@@ -323,3 +325,48 @@ def test_a_learned_step_size_gets_a_gradient_for_each_step() -> None:
     Bowl().objective(last, a).sum().backward()
     assert solver.log_lr.grad.shape == (4,)
     assert (solver.log_lr.grad != 0).all()
+
+
+def test_tuning_picks_the_step_size_that_gets_furthest() -> None:
+    a, b = valleys()
+    found = tune(adams(steps=100), Rosenbrock(), a, b)
+    assert found.gaps.shape == (7,)
+    assert found.values.shape == (7, 40)
+    assert found.solver.fixed_lr == STEP_SIZES[int(found.gaps.argmin())]
+    assert found.gaps[0] > 10 * found.gaps.min()
+    again = found.solver.solve(Rosenbrock(), a, b)
+    assert torch.equal(again.value, found.values[found.gaps.argmin()])
+    wild = tune(descents(steps=50), Rosenbrock(), a, 10 * b)
+    assert wild.gaps.min().isfinite()
+    with pytest.raises(ValueError, match="got 0 and 40"):
+        tune([], Rosenbrock(), a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "solver", [BFGS(compile=True), LBFGS(dense=0, compile=True), Adam(compile=True)], ids=lambda s: type(s).__name__
+)
+def test_compiled_rounds_agree(solver: Solver) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    a, b = valleys()
+    eager = type(solver)().solve(Rosenbrock(), a, b)
+    for size in (40, 23):
+        found = solver.solve(Rosenbrock(), a[:size], b[:size])
+        assert torch.equal(found.converged, eager.converged[:size])
+        torch.testing.assert_close(found.b, eager.b[:size], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_an_objective_that_cannot_be_traced_is_left_as_it_is() -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+
+    class Untraceable(Rosenbrock):
+        def objective(self, b: Tensor, a: Tensor) -> Tensor:
+            return super().objective(b, a) + float(b.detach().sum().item()) * 0
+
+    a, b = valleys()
+    with pytest.warns(UserWarning, match="Untraceable.objective stays uncompiled"):
+        found = BFGS(compile=True).solve(Untraceable(), a, b)
+    assert found.converged.all()

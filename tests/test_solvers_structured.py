@@ -2,12 +2,27 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from test_solvers import Bowl, bowls
+from test_solvers import Bowl, Rosenbrock, bowls, valleys
 from torch import Tensor
 
-from amortized.solvers import FISTA, Anderson, ProjectedGradient, Status
+from amortized.problem import QuadraticProgram
+from amortized.solvers import (
+    ADMM,
+    CMAES,
+    FISTA,
+    LBFGS,
+    Anderson,
+    AugmentedLagrangian,
+    MultiStart,
+    Newton,
+    ProjectedGradient,
+    Solver,
+    Status,
+)
+from amortized.solvers.outside import QPSolver, SciPy
 
 D = torch.float64
 
@@ -137,3 +152,250 @@ def test_anderson_beyond_contraction_and_with_a_bad_row() -> None:
     assert found.status.tolist()[:3] == [Status.CONVERGED, Status.CONVERGED, Status.DIVERGED]
     at = found.b[found.converged]
     torch.testing.assert_close(at, a[found.converged] * at.cos(), atol=1e-5, rtol=0)
+
+
+class Programs:
+    """½ bᵀPb + qᵀb within bounds on A b; contexts are q and the bounds, and where ``own`` also P and A."""
+
+    def __init__(self, p: Tensor | None = None, a: Tensor | None = None) -> None:
+        self.p, self.a = p, a
+
+    def program(self, a: QuadraticProgram) -> QuadraticProgram:
+        return a if self.p is None else QuadraticProgram(self.p, a.q, self.a, a.lower, a.upper)
+
+    def objective(self, b: Tensor, a: QuadraticProgram) -> Tensor:
+        p, q, *_ = self.program(a)
+        return (0.5 * b * (p @ b.unsqueeze(2)).squeeze(2) + q * b).sum(1)
+
+
+def programs(size: int, rank: int, shared: bool) -> tuple[Programs, QuadraticProgram, Tensor]:
+    """Programs of 8 unknowns with 3 equalities, 4 inequalities above and a box; degenerate where ``rank`` < 8."""
+    g = torch.Generator().manual_seed(0)
+    rows = 1 if shared else size
+    root = torch.randn(rows, 8, rank, generator=g, dtype=D)
+    matrix = torch.cat([torch.randn(rows, 7, 8, generator=g, dtype=D), torch.eye(8, dtype=D).expand(rows, 8, 8)], 1)
+    inside = torch.rand(size, 8, generator=g, dtype=D) - 0.5
+    at = (matrix @ inside.unsqueeze(2)).squeeze(2)
+    lower = torch.cat([at[:, :3], torch.full((size, 4), -math.inf, dtype=D), -torch.ones(size, 8, dtype=D)], 1)
+    upper = torch.cat([at[:, :3], at[:, 3:7] + 0.1, torch.ones(size, 8, dtype=D)], 1)
+    p = root @ root.mT
+    a = QuadraticProgram(
+        p.expand(size, 8, 8), torch.randn(size, 8, generator=g, dtype=D), matrix.expand(size, -1, -1), lower, upper
+    )
+    return (Programs(p[0], matrix[0]) if shared else Programs()), a, torch.zeros(size, 8, dtype=D)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("rank", [8, 3], ids=["strictly convex", "degenerate"])
+def test_admm_certifies_its_optimum(rank: int, shared: bool) -> None:
+    problem, a, b = programs(20, rank, shared)
+    solver = ADMM(lanes=7)
+    found, y = solver.solve_with_duals(problem, a, b)
+    assert found.converged.all()
+    proof = solver.certify(problem, a, found.b, y)
+    assert (proof.primal < 2e-6).all()
+    assert (proof.dual < 2e-6).all()
+    assert (proof.gap < 1e-4).all()
+    torch.testing.assert_close(found.value, problem.objective(found.b, a))
+    again, _ = solver.solve_with_duals(problem, a, found.b, y)
+    assert (again.evaluations <= 1).all()
+
+
+@pytest.mark.parametrize("rank", [8, 3], ids=["strictly convex", "degenerate"])
+def test_admm_as_qpsolvers(rank: int) -> None:
+    pytest.importorskip("qpsolvers")
+    problem, a, b = programs(5, rank, shared=True)
+    found, best = ADMM().solve(problem, a, b), QPSolver().solve(problem, a, b)
+    assert best.converged.all()
+    torch.testing.assert_close(found.value, best.value, atol=1e-5, rtol=1e-5)
+    if rank == 8:
+        torch.testing.assert_close(found.b, best.b, atol=1e-4, rtol=0)
+
+
+def test_admm_keeps_rows_apart_and_reports_the_infeasible() -> None:
+    problem, a, b = programs(6, 8, shared=True)
+    clean = ADMM().solve(problem, a, b)
+    a.q[1] = math.nan
+    lower = a.lower.clone()
+    lower[4, 8:] = 5.0
+    upper = a.upper.clone()
+    upper[4, 8:] = 6.0  # a box that the equalities do not meet
+    found = ADMM(steps=2000).solve(problem, a._replace(lower=lower, upper=upper), b)
+    assert found.status.tolist() == [0, Status.DIVERGED, 0, 0, Status.LIMIT, 0]
+    torch.testing.assert_close(found.b[[0, 2, 3, 5]], clean.b[[0, 2, 3, 5]], atol=1e-5, rtol=0)
+
+
+class DC3:
+    """The convex family of Donti, Rolnick & Kolter (2021): 100 unknowns, 50 equalities to x, 50 inequalities."""
+
+    def __init__(self) -> None:
+        draw = np.random.RandomState(17)
+        self.p, self.q = (torch.from_numpy(v) for v in (np.diag(draw.rand(100)), draw.rand(100)))
+        equal, x, above = (
+            draw.normal(size=(50, 100)),
+            draw.uniform(-1, 1, size=(10000, 50)),
+            draw.normal(size=(50, 100)),
+        )
+        self.x, self.a = torch.from_numpy(x), torch.from_numpy(np.concatenate([equal, above]))
+        self.h = torch.from_numpy(np.abs(above @ np.linalg.pinv(equal)).sum(1))
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        return (0.5 * (b @ self.p) * b + self.q * b).sum(1)
+
+    def program(self, a: Tensor) -> QuadraticProgram:
+        free, h = torch.full_like(a, -math.inf), self.h.expand(len(a), 50)
+        bounds = torch.cat([a, free], 1), torch.cat([a, h], 1)
+        return QuadraticProgram(self.p, self.q.expand(len(a), 100), self.a, *bounds)
+
+
+def test_admm_on_the_programs_of_dc3() -> None:
+    problem = DC3()
+    a = problem.x[-833:]
+    solver = ADMM()
+    found, y = solver.solve_with_duals(problem, a, torch.zeros(833, 100, dtype=D))
+    assert found.converged.all()
+    assert found.iterations.max() <= 150
+    assert abs(found.value.mean() + 15.05) < 0.01  # the published mean optimum
+    assert solver.certify(problem, a, found.b, y).gap.max() < 1e-3
+
+
+def test_cma_es_needs_no_gradient() -> None:
+    class Kinked(Rosenbrock):
+        def objective(self, b: Tensor, a: Tensor) -> Tensor:
+            return super().objective(b.detach(), a) + (b.detach()[:, 0] - a[:, 0]).abs()
+
+    a, b = valleys(10)
+    torch.manual_seed(0)
+    found = CMAES().solve(Kinked(), a, b)
+    assert found.converged.all()
+    torch.testing.assert_close(found.b, torch.cat([a, a**2], 1), atol=1e-4, rtol=0)
+    assert (found.value <= Kinked().objective(b, a)).all()
+
+
+def test_cma_es_walks_out_of_infinity_and_keeps_rows_apart() -> None:
+    class Half:
+        def objective(self, b: Tensor, a: Tensor) -> Tensor:
+            return torch.where(b[:, 0] > 0, ((b - 1) ** 2).sum(1), torch.nan) + 0 * a[:, 0]
+
+    a = torch.tensor([[0.0], [math.nan], [0.0]], dtype=D)
+    torch.manual_seed(0)
+    found = CMAES().solve(Half(), a, torch.full((3, 2), 0.1, dtype=D))
+    assert found.status.tolist() == [0, Status.DIVERGED, 0]
+    torch.testing.assert_close(found.b[[0, 2]], torch.ones(2, 2, dtype=D), atol=1e-4, rtol=0)
+
+
+class Waves:
+    """b² + a (1 − cos 5b) summed: a minimum 0 at 0 and many others."""
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        return (0.1 * b**2 + a * (1 - (5 * b).cos())).sum(1)
+
+
+def test_multistart_finds_what_one_start_misses() -> None:
+    a = 0.2 + torch.rand(12, 1, generator=torch.Generator().manual_seed(0), dtype=D)
+    b = torch.full((12, 1), 2.6, dtype=D)
+    torch.manual_seed(0)
+    one = LBFGS().solve(Waves(), a, b)
+    found = MultiStart(LBFGS(), starts=100, spread=3.0).explore(Waves(), a, b)
+    assert (one.value > 0.1).all()
+    assert found.best.converged.all()
+    torch.testing.assert_close(found.best.value, torch.zeros(12, dtype=D), atol=1e-9, rtol=0)
+    assert found.values.shape == (12, 100)
+    torch.testing.assert_close(found.values[:, 0], one.value)
+    torch.testing.assert_close(found.share, (found.values < 1e-6).double().mean(1))
+    assert (found.share < 0.5).all()
+    assert (found.best.evaluations > 100).all()
+    seen: list[Tensor] = []
+    MultiStart(LBFGS(), starts=3).solve(Waves(), a, b, trace=lambda count, best: seen.append(best))
+    assert seen[-1].shape == (12,)
+
+
+def test_scipy_agrees() -> None:
+    pytest.importorskip("scipy")
+    a, b = valleys(4)
+    found = SciPy().solve(Rosenbrock(), a, b)
+    assert found.converged.all()
+    torch.testing.assert_close(found.b, LBFGS().solve(Rosenbrock(), a, b).b, atol=1e-5, rtol=0)
+    assert SciPy().solve(Rosenbrock(), a[:0], b[:0]).b.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "solver", [MultiStart(LBFGS(), starts=2), CMAES(), ADMM(), Anderson(), FISTA()], ids=lambda s: type(s).__name__
+)
+def test_empty_batches(solver: Solver) -> None:
+    problem, a, b = programs(3, 8, shared=False)
+    problem.smooth, problem.prox, problem.update = problem.objective, lambda b, t, a: b, lambda b, a: b
+    found = solver.solve(problem, QuadraticProgram(*(leaf[:0] for leaf in a)), b[:0])
+    assert found.b.shape == (0, 8)
+    assert found.status.shape == (0,)
+
+
+class Circle:
+    """The point of the unit circle right of x ≥ y + ½ that is nearest to ``a``."""
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        return ((b - a) ** 2).sum(1)
+
+    def equality(self, b: Tensor, a: Tensor) -> Tensor:
+        return (b * b).sum(1, keepdim=True) - 1
+
+    def inequality(self, b: Tensor, a: Tensor) -> Tensor:
+        return b[:, 1:] - b[:, :1] + 0.5
+
+
+def test_augmented_lagrangian_on_a_circle() -> None:
+    a = torch.tensor([[2.0, 0.1], [1.0, -1.0], [0.3, 2.0], [math.nan, 0.0]], dtype=D)
+    found = AugmentedLagrangian().solve(Circle(), a, torch.tensor([[0.5, -0.5]], dtype=D).repeat(4, 1))
+    assert found.status.tolist() == [0, 0, 0, Status.DIVERGED]
+    # Inactive inequality: the projection on the circle. Active: where the line y = x − ½ cuts it.
+    cut = torch.tensor([(1 + math.sqrt(7)) / 4, (math.sqrt(7) - 1) / 4], dtype=D)
+    best = torch.stack([a[0] / a[0].norm(), a[1] / a[1].norm(), cut])
+    torch.testing.assert_close(found.b[:3], best, atol=1e-4, rtol=0)
+
+
+class Wavy(DC3):
+    """DC3's non-convex family: sin b in place of b in the linear term."""
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        return (0.5 * (b @ self.p) * b + self.q * b.sin()).sum(1)
+
+    def equality(self, b: Tensor, a: Tensor) -> Tensor:
+        return b @ self.a[:50].T - a
+
+    def inequality(self, b: Tensor, a: Tensor) -> Tensor:
+        return b @ self.a[50:].T - self.h
+
+
+def test_augmented_lagrangian_on_the_wavy_programs_of_dc3() -> None:
+    problem = Wavy()
+    a = problem.x[-40:]
+    found = AugmentedLagrangian().solve(problem, a, torch.zeros(40, 100, dtype=D))
+    assert found.converged.all()
+    assert problem.equality(found.b, a).abs().max() < 1e-5
+    assert problem.inequality(found.b, a).max() < 1e-5
+    assert abs(found.value.mean() + 11.59) < 0.2  # IPOPT's published mean over all 833
+
+
+def test_augmented_lagrangian_names_what_it_misses() -> None:
+    with pytest.raises(TypeError, match="than Bowl has: equality or inequality"):
+        AugmentedLagrangian().solve(Bowl(), *bowls())
+
+
+@pytest.mark.parametrize(
+    "solver", [FISTA(), ProjectedGradient(), ADMM(), Anderson(), Newton(), AugmentedLagrangian()],
+    ids=lambda s: type(s).__name__,
+)  # fmt: skip
+def test_order_and_company_do_not_matter(solver: Solver) -> None:
+    problem, a, b = programs(9, 8, shared=True)
+    problem.smooth, problem.prox = problem.objective, lambda b, t, a: b.clamp(-1, 1)
+    problem.project = lambda b, a: b.clamp(-1, 1)
+    problem.update = lambda b, a: 0.5 * b.cos() + 0.1 * a.q
+    problem.equality = lambda b, a: b.sum(1, keepdim=True) - 1
+    found = solver.solve(problem, a, b)
+    assert found.converged.all()
+    order = torch.tensor([4, 8, 0, 2, 6, 1, 3, 5, 7])
+    permuted = solver.solve(problem, QuadraticProgram(*(leaf[order] for leaf in a)), b[order])
+    torch.testing.assert_close(permuted.b, found.b[order], atol=2e-6, rtol=0)
+    parts = [slice(0, 4), slice(4, 9)]
+    apart = [solver.solve(problem, QuadraticProgram(*(leaf[part] for leaf in a)), b[part]).b for part in parts]
+    torch.testing.assert_close(torch.cat(apart), found.b, atol=2e-6, rtol=0)

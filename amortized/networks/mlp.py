@@ -34,4 +34,5 @@ class MLP(nn.Sequential):
         super().__init__(*layers, nn.Linear(widths[-1], out_features))
 
     def forward(self, a: Context) -> Tensor:
-        return super().forward(torch.cat([leaf.flatten(1) for leaf in leaves(a)], 1))
+        parts = [leaf.flatten(1) for leaf in leaves(a)]
+        return super().forward(parts[0] if len(parts) == 1 else torch.cat(parts, 1))

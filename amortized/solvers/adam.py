@@ -41,6 +41,7 @@ class Adam(GradientSolver):
         tol: gradient norm at which a row is finished; None chooses by dtype.
         unroll: last steps whose gradients are differentiated; None all, 0 none (first-order).
         lanes: rows at work at a time; None for all.
+        compile: fuse each round with ``torch.compile``; see :class:`~amortized.solvers.GradientSolver`.
 
     Raises:
         ValueError: if ``lr`` or ``betas`` is out of range.
@@ -57,8 +58,9 @@ class Adam(GradientSolver):
         tol: float | None = None,
         unroll: int | None = None,
         lanes: int | None = None,
+        compile: bool = False,
     ) -> None:
-        super().__init__(steps, tol, unroll, lanes)
+        super().__init__(steps, tol, unroll, lanes, compile)
         if lr <= 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"lr must be positive and betas in [0, 1), got lr={lr}, betas={betas}")
         self.betas, self.eps, self.decay = betas, eps, decay

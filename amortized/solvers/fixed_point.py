@@ -119,7 +119,7 @@ class Anderson(RowSolver):
         return torch.where(ahead.isfinite().all(1, keepdim=True), ahead, plain), points, residuals, state.fresh + 1
 
     def iterates(self, problem: FixedPoint, a: Context, b: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
-        """``steps`` damped iterates after ``b``, each ``(B, *)``, not accelerated, on the graph where gradients are on."""
+        """``steps`` damped iterates after ``b``, each ``(B, *)``, not accelerated, on the graph if there is one."""
         require(self, problem, "update")
         graph = torch.is_grad_enabled()
         for k in range(self.steps):

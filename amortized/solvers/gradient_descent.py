@@ -40,6 +40,7 @@ class GradientDescent(GradientSolver):
         tol: gradient norm at which a row is finished; None chooses by dtype.
         unroll: last steps whose gradients are differentiated; None all, 0 none (first-order).
         lanes: rows at work at a time; None for all.
+        compile: fuse each round with ``torch.compile``; see :class:`~amortized.solvers.GradientSolver`.
 
     Raises:
         ValueError: if ``lr`` or ``momentum`` is out of range, or ``per_step`` is set without ``learn_lr``.
@@ -55,8 +56,9 @@ class GradientDescent(GradientSolver):
         tol: float | None = None,
         unroll: int | None = None,
         lanes: int | None = None,
+        compile: bool = False,
     ) -> None:
-        super().__init__(steps, tol, unroll, lanes)
+        super().__init__(steps, tol, unroll, lanes, compile)
         if lr <= 0 or not 0 <= momentum < 1:
             raise ValueError(f"lr must be positive and momentum in [0, 1), got lr={lr}, momentum={momentum}")
         if per_step and not learn_lr:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from amortized.problem import CommonDraws, Context, Problem, is_random, take
 from amortized.solvers import line_search
 from amortized.solvers.base import GradientSolver
 from amortized.solvers.line_search import Search
@@ -135,6 +137,15 @@ class QuasiNewton(GradientSolver):
             stalled=given_up & state.steepest,
             curvature=self.forget(curvature, restart),
         )
+
+    def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
+        """As :meth:`GradientSolver.iterates`; step lengths and curvature are constants to autograd.
+
+        A random objective keeps its draws from one step to the next, or no line search would make sense.
+        """
+        if len(b) and is_random(problem, b[:1], take(a, slice(0, 1))):
+            problem = CommonDraws(problem, int(torch.randint(2**62, ()).item()))
+        return super().iterates(problem, a, b)
 
     def stalled(self, state: Walk) -> Tensor:
         """Rows whose steepest descent finds nothing lower."""

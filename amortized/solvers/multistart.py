@@ -1,0 +1,75 @@
+"""Many starts for problems with many minima."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from amortized.problem import Context, Problem, map_leaves
+from amortized.solvers.base import Solution, Solver, Status, Trace, ordinary
+
+
+class Exploration(NamedTuple):
+    """What the starts of each row came to."""
+
+    best: Solution
+    """The best of each row's starts; its evaluations are those of all of them."""
+    share: Tensor
+    """The share of a row's starts that reached the best value ``(B,)``; small: more starts may find better."""
+    values: Tensor
+    """``(B, starts)``; infinite where a start diverged with nothing to show."""
+
+
+class MultiStart(Solver):
+    """The best of several starts of another solver, all run as rows of one batch.
+
+    The first start is the one given, the others are drawn around it with torch's generator, normally distributed. The
+    best value among those that ended finite wins. :meth:`explore` says also how many starts reached it.
+
+    Args:
+        solver: runs from each start.
+        starts: K, the starts of each row, the given one among them.
+        spread: standard deviation of the others around it, in units of b.
+        match: starts whose values lie within this of the best, relative to 1 + its size, have reached it.
+
+    Raises:
+        ValueError: if ``starts`` is less than 1 or ``spread`` is negative.
+    """
+
+    def __init__(self, solver: Solver, starts: int = 16, spread: float = 1.0, match: float = 1e-6) -> None:
+        super().__init__(solver.steps, solver.tol)
+        if starts < 1 or spread < 0:
+            raise ValueError(f"starts must be at least 1 and spread not negative, got {starts} and {spread}")
+        self.solver, self.starts, self.spread, self.match = solver, starts, spread, match
+
+    def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
+        """As :meth:`Solver.solve`: the best of all starts."""
+        return self.explore(problem, a, b, trace=trace).best
+
+    def explore(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Exploration:
+        """The best of all starts, and what became of the others."""
+        size, count = len(b), self.starts
+        with torch.inference_mode(False), torch.no_grad():
+            a, b = map_leaves(ordinary, a), ordinary(b)
+            around = b.unsqueeze(1) + self.spread * torch.randn(
+                (size, count, *b.shape[1:]), dtype=b.dtype, device=b.device
+            )
+            around[:, 0] = b
+            many = map_leaves(lambda leaf: leaf.repeat_interleave(count, 0), a)
+            if trace is None:
+                inner = None
+            else:
+
+                def inner(evaluations: int, best: Tensor) -> None:
+                    trace(evaluations * count, best.view(size, count).amin(1))
+
+            found = self.solver.solve(problem, many, around.flatten(0, 1), trace=inner)
+            values = torch.where(found.value.isfinite(), found.value, torch.inf).view(size, count)
+            least, which = values.min(1) if size else (values.new_empty(0), found.status)
+            rows = which + count * torch.arange(size, device=b.device)
+            best = Solution(*(leaf[rows] for leaf in found))
+            best = best._replace(evaluations=found.evaluations.view(size, count).sum(1))
+            share = (values <= (least + self.match * (1 + least.abs())).unsqueeze(1)).to(b.dtype).mean(1)
+        return Exploration(best, torch.where(best.status == int(Status.DIVERGED), 0, share), values)
