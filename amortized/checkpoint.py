@@ -7,6 +7,8 @@ Both are written under another name first, so that a process killed at any momen
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import os
 import pickle
 import zipfile
@@ -158,8 +160,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def compare_recipes(saved: Any, given: Any, at: str = "") -> list[str]:
-    """Where two recipes differ, one line each: ``model.network.hidden: the checkpoint has 64, given 32``."""
+    """Where two recipes differ, one line each: ``model.network.hidden: the checkpoint has 64, given 32``.
+
+    A setting that a class did not have when the checkpoint was written counts as its default.
+    """
     if isinstance(saved, dict) and isinstance(given, dict):
+        if "class_path" in saved and saved["class_path"] == given.get("class_path"):
+            saved = saved | {"init_args": _defaults(saved["class_path"]) | (saved.get("init_args") or {})}
+            given = given | {"init_args": _defaults(saved["class_path"]) | (given.get("init_args") or {})}
         keys = dict.fromkeys([*saved, *given])
         return [
             line
@@ -167,3 +175,14 @@ def compare_recipes(saved: Any, given: Any, at: str = "") -> list[str]:
             for line in compare_recipes(saved.get(key), given.get(key), f"{at}.{key}" if at else str(key))
         ]
     return [] if saved == given else [f"{at}: the checkpoint has {saved!r}, given {given!r}"]
+
+
+def _defaults(class_path: str) -> dict[str, Any]:
+    """The default settings of a class and its bases, those that are plain values."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        bases = reversed(getattr(importlib.import_module(module), name).__mro__)
+    except (ImportError, AttributeError):
+        return {}
+    every = [parameter for base in bases for parameter in inspect.signature(base.__init__).parameters.values()]
+    return {p.name: p.default for p in every if isinstance(p.default, bool | int | float | str | None)}
