@@ -167,6 +167,9 @@ class AmortizedCLI(LightningCLI):
             ContextDataModule,
             save_config_callback=SaveRecipe,
             trainer_defaults={
+                "max_steps": 5000,  # training contexts have no end, so neither has an epoch
+                "val_check_interval": 1000,
+                "check_val_every_n_epoch": None,
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
