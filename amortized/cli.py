@@ -45,7 +45,6 @@ from amortized.module import AmortizedModule
 from amortized.problem import ProblemError
 from amortized.solvers import Solver
 
-COMMANDS = ("fit", "validate", "test", "predict")
 RUN = "AMORTIZED_RUN_FOLDER"
 """Environment variable by which processes that a run launches find its folder."""
 
