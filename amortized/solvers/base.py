@@ -531,7 +531,7 @@ def compiled_rounds(solver: GradientSolver, problem: Problem, a: Context, rows: 
                 point = solver._shaped(rows.state.b, shape)
                 torch._dynamo.maybe_mark_dynamic(point, 0)
                 value, grad = (evaluate if traceable else value_and_grad)(problem, point, a)
-            except torch._dynamo.exc.Unsupported as error:
+            except torch._dynamo.exc.TorchDynamoException as error:
                 _UNTRACEABLE.add(type(problem))
                 why = str(error).splitlines()[0]
                 warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
