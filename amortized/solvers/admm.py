@@ -55,6 +55,8 @@ class Vectors(NamedTuple):
     q: Tensor
     lower: Tensor
     upper: Tensor
+    kq: Tensor
+    """``Kᵀq``."""
 
 
 class Certificate(NamedTuple):
@@ -158,19 +160,18 @@ class ADMM(RowSolver):
         """As many iterations as there are between two looks, and a look."""
         state = rows.state
         factor = state.factor if isinstance(state.factor, Factor) else problem.shared
-        v, z, y, rho, iterations, (q, lower, upper), _ = state
+        v, z, y, rho, iterations, (_, lower, upper, kq), _ = state
         weight = factor.weight * rho.unsqueeze(1)
-        inverse = 1 / (1 + rho.unsqueeze(1) * factor.s)
-        kq = _times(factor.k.mT, q)
+        light, inverse = 1 / weight, 1 / (1 + rho.unsqueeze(1) * factor.s)
         for _ in range(self.check):
             right = _times(factor.ak.mT, weight * z - y) - kq
             if problem.sigma:
                 right = right + _times(factor.gram, v)
             u = right * inverse
-            az = RELAXATION * _times(factor.ak, u) + (1 - RELAXATION) * z
-            v = RELAXATION * u + (1 - RELAXATION) * v
-            z = torch.clamp(az + y / weight, lower, upper)
-            y = y + weight * (az - z)
+            az = torch.lerp(z, _times(factor.ak, u), RELAXATION)
+            v = torch.lerp(v, u, RELAXATION)
+            z = torch.clamp(torch.addcmul(az, y, light), lower, upper)
+            y = torch.addcmul(y, weight, az - z)
         state = Split(v, z, y, rho, iterations + self.check, state.program, state.factor)
         primal, dual, scales = _residuals(factor, state)
         balance = (primal / scales[0] / (dual / scales[1])).sqrt()
@@ -215,13 +216,12 @@ class _Programs:
 
     def of(self, a: Context) -> tuple[Vectors, Factor, Any]:
         p, q, matrix, lower, upper = self.problem.program(a)
-        vectors = Vectors(q, lower, upper)
         if self.shared is not None:
-            return vectors, self.shared, Nothing()
+            return Vectors(q, lower, upper, _times(self.shared.k.mT, q)), self.shared, Nothing()
         size = len(q)
         factor = self.factor(p.expand(size, *p.shape[-2:]), matrix.expand(size, *matrix.shape[-2:]))
         factor = factor._replace(weight=factor.weight.expand(size, -1), gram=factor.gram + 0 * factor.k)
-        return vectors, factor, factor
+        return Vectors(q, lower, upper, _times(factor.k.mT, q)), factor, factor
 
     def matrix(self, a: Context) -> Tensor:
         p: Tensor = self.problem.program(a).P
