@@ -311,7 +311,7 @@ class AmortizedCLI(LightningCLI):
         if settings["trainer"]["profiler"] is None:
             kwargs["profiler"] = Unprofiled()
         trainer = super().instantiate_trainer(**kwargs)
-        lean(trainer, self.model)
+        lean(trainer, plain_step=type(self.model).training_step is AmortizedModule.training_step)
         return trainer
 
     def _run_folder(self, settings: Any) -> Path:
