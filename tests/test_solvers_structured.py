@@ -26,6 +26,11 @@ from amortized.solvers import (
 )
 from amortized.solvers.outside import QPSolver, SciPy
 
+try:
+    import qpsolvers  # here, not in a test: what it imports may set environment variables
+except ModuleNotFoundError:
+    qpsolvers = None
+
 D = torch.float64
 
 
@@ -205,7 +210,8 @@ def test_admm_certifies_its_optimum(rank: int, shared: bool) -> None:
 
 @pytest.mark.parametrize("rank", [8, 3], ids=["strictly convex", "degenerate"])
 def test_admm_as_qpsolvers(rank: int) -> None:
-    pytest.importorskip("qpsolvers")
+    if qpsolvers is None:
+        pytest.skip("qpsolvers is not installed")
     problem, a, b = programs(5, rank, shared=True)
     found, best = ADMM().solve(problem, a, b), QPSolver().solve(problem, a, b)
     assert best.converged.all()
@@ -514,3 +520,12 @@ def test_logistic_regression_as_scikit_learn(solver: Solver) -> None:
     assert found.converged.all()
     fits = [LogisticRegression(C=1.0, fit_intercept=False, tol=1e-10).fit(x.numpy(), y.numpy()).coef_ for y in labels]
     torch.testing.assert_close(found.b, torch.from_numpy(np.concatenate(fits)), atol=1e-5, rtol=0)
+
+
+def test_admm_traces_its_objective() -> None:
+    problem, a, b = programs(6, 8, shared=True)
+    seen: list[tuple[int, Tensor]] = []
+    found = ADMM().solve(problem, a, b, trace=lambda count, best: seen.append((count, best)))
+    assert [count for count, _ in seen] == [11 + 10 * i for i in range(len(seen))]
+    torch.testing.assert_close(seen[-1][1], found.value)
+    torch.testing.assert_close(ADMM().solve(problem, a, b).value, found.value, atol=1e-5, rtol=0)

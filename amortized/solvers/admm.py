@@ -125,13 +125,15 @@ class ADMM(RowSolver):
             program = problem.program(a)
             y = torch.zeros_like(program.lower) if y is None else ordinary(y)
             both = torch.cat([flat, y.to(flat.dtype)], 1)
-            programs: Any = _Programs(problem, program, b.shape[1:])
+            programs: Any = _Programs(problem, program, b.shape[1:], trace is not None)
             found = super().solve(programs, a, both, trace=trace)
-        n = flat.shape[1]
-        y = found.b[:, n:]
+            n = flat.shape[1]
+            x, y = found.b[:, :n].reshape(b.shape), found.b[:, n:]
+            if len(x):
+                found = found._replace(value=problem.objective(x, a))
         # A bound that is not there has no force; what is left there is rounding.
         absent = torch.where(y > 0, program.upper, program.lower).isinf()
-        return found._replace(b=found.b[:, :n].reshape(b.shape)), torch.where(absent, 0, y)
+        return found._replace(b=x), torch.where(absent, 0, y)
 
     def certify(self, problem: Any, a: Context, b: Tensor, y: Tensor) -> Certificate:
         """The residuals and the duality gap of a primal and dual pair."""
@@ -191,8 +193,8 @@ class ADMM(RowSolver):
 class _Programs:
     """The programs of a batch: shared matrices factored once, own ones where rows begin."""
 
-    def __init__(self, problem: Any, program: QuadraticProgram, shape: torch.Size) -> None:
-        self.problem, self.tail = problem, shape
+    def __init__(self, problem: Any, program: QuadraticProgram, shape: torch.Size, traced: bool) -> None:
+        self.problem, self.tail, self.traced = problem, shape, traced
         # Whether P can be factored as it is, and which constraints are equalities, is one answer for all rows.
         p = program.P
         spectrum = torch.linalg.eigvalsh(p)
@@ -228,6 +230,9 @@ class _Programs:
         return p
 
     def value(self, x: Tensor, a: Context) -> Tensor:
+        """The objective where someone looks at it; no iterate is chosen by it, so otherwise it can wait for the end."""
+        if not self.traced:
+            return torch.zeros_like(x[:, 0])
         value: Tensor = self.problem.objective(x.reshape(len(x), *self.tail), a)
         return value
 
