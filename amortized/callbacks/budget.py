@@ -251,7 +251,9 @@ def _trace(solver: Solver, problem: Problem, a: Context, start: Tensor) -> tuple
         recording += clock(best.device) - now
 
     started = clock(start.device)
-    solver.solve(problem, a, start, trace=record)
+    found = solver.solve(problem, a, start, trace=record)
+    if not values:  # no round was needed
+        record(int(found.evaluations.max()), found.value)
     return torch.tensor(seconds, dtype=torch.float64), torch.tensor(evaluations), torch.stack(values)
 
 

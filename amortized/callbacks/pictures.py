@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -116,10 +117,11 @@ STARTS: tuple[tuple[Any, str], ...] = (("-", "started cold"), ("--", "from the p
 
 
 def _range(budget: Budget, level: float) -> tuple[float, float] | None:
-    """The heights worth showing: from the best end to the cold start or the network, whichever is higher."""
+    """From the best end to above the network; a cold start far above comes in from the top."""
     ends = [level, *(float(budget.mean(curve.values[-1])) for curve in budget.cold + budget.warm)]
-    heights = [h for h in (*ends, float(budget.mean(budget.start))) if abs(h) < float("inf")]
-    if not heights:
+    heights = [h for h in (*ends, float(budget.mean(budget.start))) if math.isfinite(h)]
+    if not heights or max(heights) == min(heights):
         return None
     low, high = min(heights), max(heights)
-    return low - 0.05 * (high - low) - 1e-12, high + 0.05 * (high - low) + 1e-12
+    high = min(high, low + max(5 * (level - low), 0.2 * (high - low)))
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
