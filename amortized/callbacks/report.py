@@ -220,7 +220,6 @@ class Report(Callback):
         recipes = sorted(directory.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
         device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "CPU"
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
-        finite = {row["index"]: math.isfinite(row["gap"]) for row in worst_rows(self.gap.worst)}
         return page(
             title=self.name,
             subtitle=f"{_title(found, self.name).split(': ')[1].capitalize()}.",
@@ -229,8 +228,8 @@ class Report(Callback):
             pictures=pictures,
             worst=[
                 {
-                    "context": f"{row['index']:.0f}" + ("" if finite[row["index"]] else " *"),
-                    **{f"{name}": f"{row[name]:.5g}" for name in ("network", "solver", "gap")},
+                    "context": f"{row['index']:.0f}" + ("" if math.isfinite(row["gap"]) else " *"),
+                    **{name: f"{row[name]:.5g}" for name in ("network", "solver", "gap")},
                     "converged": "yes" if row["converged"] else "no",
                 }
                 for row in worst_rows(self.gap.worst)
