@@ -6,7 +6,7 @@ row. Contexts ``a`` are a tensor or a ``NamedTuple`` of tensors; solutions ``b``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -67,6 +67,13 @@ def take(a: Context, index: Tensor | slice) -> Context:
     return map_leaves(lambda leaf: leaf.index_select(0, index), a)
 
 
+def concatenate(parts: Sequence[Context]) -> Context:
+    """One context of the rows of all of them, in order."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return type(parts[0])(*map(concatenate, zip(*parts, strict=True)))
+
+
 def value_and_grad(problem: Problem, b: Tensor, a: Context, create_graph: bool = False) -> tuple[Tensor, Tensor]:
     """``L(b; a)`` of shape ``(B,)`` and its gradient with respect to ``b``, in one backward pass.
 
@@ -115,7 +122,8 @@ def is_random(problem: Problem, b: Tensor, a: Context) -> bool:
 class CommonDraws:
     """A random objective with its draws fixed (common random numbers): the same ``seed`` before every evaluation.
 
-    The draws belong to places in the batch, so the rows of ``b`` and ``a`` must keep their places.
+    The draws belong to places in the batch, so the rows of ``b`` and ``a`` must keep their places. In memory ``b`` is put in
+    its usual order first: what is drawn like a tensor (``randn_like``) is drawn in the order of that tensor's memory.
     """
 
     def __init__(self, problem: Problem, seed: int) -> None:
@@ -123,7 +131,7 @@ class CommonDraws:
 
     def objective(self, b: Tensor, a: Context) -> Tensor:
         with draws(self.seed, b.device):
-            return self.problem.objective(b, a)
+            return self.problem.objective(b.contiguous(), a)
 
     def __getattr__(self, name: str) -> Any:
         """What else the problem has, under the same draws."""
@@ -135,7 +143,7 @@ class CommonDraws:
 
         def drawn(b: Tensor, *rest: Any) -> Any:
             with draws(self.seed, b.device):
-                return attribute(b, *rest)
+                return attribute(b.contiguous(), *rest)
 
         return drawn
 
