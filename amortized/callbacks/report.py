@@ -20,14 +20,18 @@ from amortized.module import AmortizedModule
 from amortized.problem import take
 
 
-def results(gap: dict[str, float], budget: Budget | None) -> dict[str, Any]:
+def results(gap: dict[str, float], budget: Budget | None, shifted: dict[str, float] | None = None) -> dict[str, Any]:
     """The content of ``results.json``.
 
-    ``objective.network/solver`` and ``gap.mean/median/p95/relative/stderr`` in the objective's unit (``relative`` is a
+    ``objective.network/solver`` and ``gap.mean/median/p95/relative/stderr/noise`` in the objective's unit (``relative`` is a
     fraction); ``rows.total`` a count, ``rows.converged/diverged/lost`` fractions of it, as in
     :class:`~amortized.metrics.AmortizationGap`; ``time.network/solver`` in seconds for ``time.contexts`` contexts in one
     batch, ``time.equal_quality_ratio`` the solver's time to the network's mean objective over the network's time
     (``null``: never reached, or not measured), ``time.rival`` the solver it was. What is not finite is ``null``.
+
+    Only where the problem declares its optimum, ``decomposition.total/amortization/solver/approximation``, each with
+    ``*_stderr``, in the objective's unit: see :func:`~amortized.metrics.decomposition`. Only where the data have shifted
+    contexts, ``shifted.objective/gap/rows/decomposition``: the same groups, measured on those.
     """
     time: dict[str, Any] = {
         "network": None,
@@ -44,16 +48,25 @@ def results(gap: dict[str, float], budget: Budget | None) -> dict[str, Any]:
             "contexts": budget.contexts,
             "rival": budget.rival,
         }
-    found: dict[str, dict[str, Any]] = {
+    found: dict[str, dict[str, Any]] = {**_measured(gap), "time": _finite(time)}
+    return found | ({"shifted": _measured(shifted)} if shifted else {})
+
+
+def _measured(gap: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """The groups of ``results.json`` that one set of contexts has."""
+    groups = {
         "objective": {"network": gap["network"], "solver": gap["reference"]},
-        "gap": {name: gap[name] for name in ("mean", "median", "p95", "relative", "stderr")},
+        "gap": {name: gap[name] for name in ("mean", "median", "p95", "relative", "stderr", "noise")},
         "rows": {"total": int(gap["total"]), **{name: gap[name] for name in ("converged", "diverged", "lost")}},
-        "time": time,
+        "decomposition": {
+            k.removeprefix("decomposition/"): v for k, v in gap.items() if k.startswith("decomposition/")
+        },
     }
-    return {
-        group: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        for group, values in found.items()
-    }
+    return {name: _finite(group) for name, group in groups.items() if group}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def table(found: dict[str, Any], name: str, objective: str) -> str:
@@ -70,6 +83,28 @@ def table(found: dict[str, Any], name: str, objective: str) -> str:
         ("rows diverged", f"{r['diverged']:.1%}"),
         ("rows where the cold solver lost to the network", f"{r['lost']:.1%}"),
     ]
+    if g["noise"]:
+        rows.insert(3, ("                  of that error, noise of the draws", _number(g["noise"])))
+    if d := found.get("decomposition"):
+        rows += [
+            (label, f"{_number(d[term])} ± {_number(d[f'{term}_stderr'])}")
+            for label, term in (
+                ("above the true minimum, in all", "total"),
+                ("    = amortization", "amortization"),
+                ("    + the solver's own error", "solver"),
+                ("    + approximation, of the family of solutions", "approximation"),
+            )
+        ]
+    if s := found.get("shifted"):
+        o, g, counts = (s[group] for group in ("objective", "gap", "rows"))
+        rows += [
+            (f"on {counts['total']} shifted contexts: {objective}, network", _number(o["network"])),
+            ("    amortization gap, mean ± standard error", f"{_number(g['mean'])} ± {_number(g['stderr'])}"),
+            (
+                "    rows converged, diverged, lost",
+                " ".join(f"{counts[k]:.1%}" for k in ("converged", "diverged", "lost")),
+            ),
+        ]
     if t["network"] is not None:
         reached = t["equal_quality_ratio"]
         rows += [
@@ -150,7 +185,7 @@ class Report(Callback):
             return
         directory = Path(trainer.default_root_dir)
         budget = self.budget.budget if self.budget is not None else None
-        found = results(self.gap.results, budget)
+        found = results(self.gap.results, budget, self.gap.shifted)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "results.json").write_text(json.dumps(found, indent=2) + "\n")
         pictures = self._pictures(pl_module, budget)
