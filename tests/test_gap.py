@@ -258,7 +258,7 @@ def test_processes_agree_to_1e_6(noise):
 
 
 def test_the_usual_pattern_is_wrong_on_the_same_contexts():
-    """A padding sampler and metrics averaged over processes, in a real run on 3 processes; ours beside it, one process without rows."""
+    """A padding sampler and metrics averaged over processes, in a real run on 3 processes; and ours, one without rows."""
     args = ["test", "--model=toy.Usual", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     args += ["--budget.enabled=false", "--trainer.callbacks=toy.SaveRows", "--data.eval_batch_size=500"]
     three = ["--trainer.devices=3", "--trainer.strategy=ddp_fork"]
