@@ -205,14 +205,15 @@ class ContextDataModule(LightningDataModule):
         return self._deal("train")
 
     def val_dataloader(self) -> Any:
-        training = self.trainer is None or self.trainer.state.fn == "fit"
-        return self._deal("val") if training else self._with_shifted("val")
+        return self._with_shifted("val")
 
     def test_dataloader(self) -> Any:
         return self._with_shifted("test")
 
     def _with_shifted(self, split: str) -> Any:
-        return self._deal(split) if self.shifted is None else [self._deal(split), self._deal(_SHIFTED + split)]
+        if self.shifted is None or (self.trainer is not None and self.trainer.state.fn == "fit"):
+            return self._deal(split)
+        return [self._deal(split), self._deal(_SHIFTED + split)]
 
     def predict_dataloader(self) -> Any:
         return self._deal("predict")
