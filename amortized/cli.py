@@ -45,7 +45,6 @@ from amortized.module import AmortizedModule
 from amortized.problem import ProblemError
 from amortized.solvers import Solver
 
-COMMANDS = ("fit", "validate", "test", "predict")
 RUN = "AMORTIZED_RUN_FOLDER"
 """Environment variable by which processes that a run launches find its folder."""
 
@@ -167,6 +166,9 @@ class AmortizedCLI(LightningCLI):
             ContextDataModule,
             save_config_callback=SaveRecipe,
             trainer_defaults={
+                "max_steps": 5000,  # training contexts have no end, so neither has an epoch
+                "val_check_interval": 1000,
+                "check_val_every_n_epoch": None,
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
@@ -309,7 +311,7 @@ class AmortizedCLI(LightningCLI):
         if settings["trainer"]["profiler"] is None:
             kwargs["profiler"] = Unprofiled()
         trainer = super().instantiate_trainer(**kwargs)
-        lean(trainer, self.model)
+        lean(trainer, plain_step=type(self.model).training_step is AmortizedModule.training_step)
         return trainer
 
     def _run_folder(self, settings: Any) -> Path:

@@ -15,13 +15,12 @@ import abc
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
-from amortized.contexts import Batch
+from amortized.lean import LeanModule
 from amortized.losses import Loss, ObjectiveLoss
 from amortized.problem import Context, ProblemError, check_objective, draws, evaluate
 from amortized.solvers.base import Solver
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class AmortizedModule(LightningModule, abc.ABC):
+class AmortizedModule(LeanModule, abc.ABC):
     """A problem ``min_b L(b; a)`` together with a model that amortizes it.
 
     Parameters that ``objective`` has (a decoder, a dictionary) are parameters of the module and train jointly.
@@ -117,13 +116,6 @@ class AmortizedModule(LightningModule, abc.ABC):
 
     # ---- Lightning
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As in ``nn.Module``, whose way costs microseconds; Lightning notes the name of each hook, 42 times a step."""
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
-
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
@@ -132,16 +124,6 @@ class AmortizedModule(LightningModule, abc.ABC):
         if isinstance(scheduler["scheduler"], ReduceLROnPlateau):
             scheduler |= {"monitor": scheduler["scheduler"].monitor, "frequency": self.trainer.val_check_interval}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        return batch if isinstance(batch, Batch) else super()._on_before_batch_transfer(batch, dataloader_idx)
-
-    def _apply_batch_transfer_handler(
-        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
-    ) -> Any:
-        if isinstance(batch, Batch) and batch.contexts is None:  # nothing to move: spares a search for who moves it
-            return self.trainer.datamodule.on_after_batch_transfer(batch, dataloader_idx)  # type: ignore[attr-defined]
-        return super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
 
     def training_step(self, batch: Context | list[Context], batch_idx: int) -> Tensor:
         """One update; a list of K context batches makes K updates, the first K - 1 of them without Lightning's overhead."""
@@ -154,12 +136,6 @@ class AmortizedModule(LightningModule, abc.ABC):
         if self.trainer._logger_connector.should_update_logs:  # logging costs more than a small network's step
             self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        if gradient_clip_val is not None:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _update(self, a: Context) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -191,6 +167,7 @@ class AmortizedModule(LightningModule, abc.ABC):
         self._synchronise_buffers(True)
 
     on_test_start, on_test_end = on_validation_start, on_validation_end
+    on_predict_start, on_predict_end = on_validation_start, on_validation_end
 
     def _synchronise_buffers(self, enabled: bool) -> None:
         """Processes have different numbers of batches to evaluate, so their forward passes must not wait for each other."""

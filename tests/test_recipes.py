@@ -9,7 +9,7 @@ import yaml
 from amortized.cli import main, recipes
 
 EXPECTED = re.compile(r"expected gap: ([\d.e-]+) ± ([\d.e-]+)")
-SECTIONS = {"seed_everything", "trainer", "model", "data", "gap", "budget", "checkpoint"}
+SECTIONS = {"seed_everything", "threads", "trainer", "model", "data", "gap", "budget", "checkpoint"}
 
 
 def header(path):

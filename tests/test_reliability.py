@@ -85,16 +85,24 @@ def fit_with_kills(args, kills, rng, length):
 CASES = [(1, 0, 1), (4, 0, 1), (1, 2, 1), (4, 2, 1), (1, 0, 2), (4, 0, 2)]
 
 
-@pytest.mark.parametrize(("accumulate", "workers", "processes"), CASES)
-def test_killed_and_resumed_is_bit_identical(accumulate, workers, processes):
+def killed_and_resumed(accumulate, workers, processes, kills, seed):
     args = recipe(accumulate, workers, processes, data="toy.FiniteGaussians" if workers else "toy.Gaussians")
     run = Run([*args, "--run_folder=whole"])
     assert run.wait() == 0, run.output()
-    length = 0.4 * accumulate * processes
-    rng = random.Random(accumulate * 100 + workers * 10 + processes)
-    killed = fit_with_kills(args, kills=2, rng=rng, length=length)
+    killed = fit_with_kills(args, kills, random.Random(seed), length=0.4 * accumulate * processes)
     assert killed
     assert_same("killed", "whole")
+
+
+@pytest.mark.parametrize("case", range(6), ids=["-".join(map(str, case)) for case in CASES])
+def test_killed_and_resumed_is_bit_identical(case):
+    killed_and_resumed(*CASES[case], kills=1 + case % 3, seed=case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(6), ids=["-".join(map(str, case)) for case in CASES])
+def test_killed_again_and_resumed_is_bit_identical(case):
+    killed_and_resumed(*CASES[case], kills=3 - case % 3, seed=100 + case)
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])

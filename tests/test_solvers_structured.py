@@ -1,6 +1,7 @@
 """Solvers that use structure: what they find, against what is known or what outside solvers find."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,8 +22,14 @@ from amortized.solvers import (
     ProjectedGradient,
     Solver,
     Status,
+    proximal,
 )
 from amortized.solvers.outside import QPSolver, SciPy
+
+try:
+    import qpsolvers  # here, not in a test: what it imports may set environment variables
+except ModuleNotFoundError:
+    qpsolvers = None
 
 D = torch.float64
 
@@ -203,7 +210,8 @@ def test_admm_certifies_its_optimum(rank: int, shared: bool) -> None:
 
 @pytest.mark.parametrize("rank", [8, 3], ids=["strictly convex", "degenerate"])
 def test_admm_as_qpsolvers(rank: int) -> None:
-    pytest.importorskip("qpsolvers")
+    if qpsolvers is None:
+        pytest.skip("qpsolvers is not installed")
     problem, a, b = programs(5, rank, shared=True)
     found, best = ADMM().solve(problem, a, b), QPSolver().solve(problem, a, b)
     assert best.converged.all()
@@ -399,3 +407,125 @@ def test_order_and_company_do_not_matter(solver: Solver) -> None:
     parts = [slice(0, 4), slice(4, 9)]
     apart = [solver.solve(problem, QuadraticProgram(*(leaf[part] for leaf in a)), b[part]).b for part in parts]
     torch.testing.assert_close(torch.cat(apart), found.b, atol=2e-6, rtol=0)
+
+
+def random_points(*shape: int) -> Tensor:
+    return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=D)
+
+
+@pytest.mark.parametrize(
+    ("prox", "penalty"),
+    [(proximal.l1, lambda x: x.abs().sum((1, 2))), (proximal.group, lambda x: x.norm(dim=2).sum(1))],
+    ids=["l1", "group"],
+)
+def test_a_proximal_map_minimizes(prox: object, penalty: object) -> None:
+    b, t = random_points(5, 4, 3), torch.tensor([0.1, 0.5, 1.0, 2.0, 100.0], dtype=D)
+
+    def total(x: Tensor) -> Tensor:
+        return penalty(x) + ((x - b) ** 2).sum((1, 2)) / (2 * t)
+
+    x = prox(b, t)
+    for scale in (1e-3, 0.1, 1.0):
+        for other in (x + scale * random_points(5, 4, 3), x * (1 - scale), x + scale * (b - x)):
+            assert (total(x) <= total(other) + 1e-12).all()
+    assert (x[4] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("project", "inside"),
+    [
+        (proximal.simplex, lambda z: torch.softmax(z, 1)),
+        (proximal.ball, lambda z: z / (1 + z.norm(dim=1, keepdim=True))),
+        (lambda b: proximal.box(b, -0.5, 1.0), lambda z: 0.25 + 0.75 * z.tanh()),
+    ],
+    ids=["simplex", "ball", "box"],
+)
+def test_a_projection_is_the_nearest_point(project: object, inside: object) -> None:
+    b = random_points(50, 6)
+    x = project(b)
+    torch.testing.assert_close(project(x), x)
+    # x is nearest in a convex set just if no point y of it makes an acute angle: (b − x)·(y − x) ≤ 0.
+    for y in inside(10 * random_points(40, 6)):
+        assert (((b - x) * (y - x)).sum(1) <= 1e-12).all()
+
+
+def test_portfolios_on_the_simplex() -> None:
+    class Portfolio(Programs):
+        def project(self, b: Tensor, a: object) -> Tensor:
+            return proximal.simplex(b)
+
+    problem, a, b = programs(10, 8, shared=False)
+    problem.__class__ = Portfolio
+    found = ProjectedGradient().solve(problem, a, b)
+    assert found.converged.all()
+    assert (found.b >= 0).all()
+    torch.testing.assert_close(found.b.sum(1), torch.ones(10, dtype=D))
+    grad = (a.P @ found.b.unsqueeze(2)).squeeze(2) + a.q
+    # At the optimum the gradient is least, and alike, where there is weight.
+    least = grad.amin(1, keepdim=True)
+    assert ((grad - least) * found.b).sum(1).max() < 1e-5
+
+
+class Sphere(NamedTuple):
+    centres: Tensor
+    heights: Tensor
+
+
+class SoftDistance:
+    """−γ log Σ exp(−c_i / γ), c_i = ½ d(b / |b|, centre_i)² + height_i on the sphere, plus (|b| − 1)²."""
+
+    def objective(self, b: Tensor, a: Sphere) -> Tensor:
+        length = b.norm(dim=1, keepdim=True)
+        x = (b / length).unsqueeze(1)
+        angle = torch.atan2(torch.linalg.cross(a.centres, x.expand_as(a.centres)).norm(dim=2), (a.centres * x).sum(2))
+        costs = 0.5 * angle**2 + a.heights
+        return -0.5 * (-costs / 0.5).logsumexp(1) + (length[:, 0] - 1) ** 2
+
+
+def test_multistart_finds_the_global_minimum_on_the_sphere() -> None:
+    g = torch.Generator().manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(30, 4, 3, generator=g, dtype=D), dim=2)
+    a = Sphere(centres, 0.7 * torch.rand(30, 4, generator=g, dtype=D))
+    k = torch.arange(4000, dtype=D) + 0.5
+    polar, turn = torch.acos(1 - k / 2000), math.pi * (1 + 5**0.5) * k
+    grid = torch.stack([turn.cos() * polar.sin(), turn.sin() * polar.sin(), polar.cos()], 1)
+    best = torch.empty(30, dtype=D)
+    for i in range(30):
+        here = Sphere(centres[i : i + 1].expand(4000, 4, 3), a.heights[i : i + 1].expand(4000, 4))
+        best[i] = SoftDistance().objective(grid, here).min()
+    torch.manual_seed(0)
+    found = MultiStart(LBFGS(), starts=32).explore(SoftDistance(), a, torch.ones(30, 3, dtype=D))
+    assert found.best.converged.all()
+    assert (found.best.value <= best + 1e-9).all()
+    assert (found.share > 0).all()
+    one = LBFGS().solve(SoftDistance(), a, torch.ones(30, 3, dtype=D))
+    assert (one.value > found.best.value + 1e-3).any()
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), LBFGS(dense=0), Newton()], ids=["bfgs", "lbfgs", "newton"])
+def test_logistic_regression_as_scikit_learn(solver: Solver) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 5, generator=g, dtype=D)
+    odds = torch.sigmoid(torch.randn(6, 5, generator=g, dtype=D) @ x.T)
+    labels = (torch.rand(6, 60, generator=g, dtype=D) < odds).to(D)
+
+    class Logistic:
+        def objective(self, b: Tensor, a: Tensor) -> Tensor:
+            z = b @ x.T
+            return (torch.nn.functional.softplus(z) - a * z).sum(1) + 0.5 * (b * b).sum(1)
+
+    found = solver.solve(Logistic(), labels, torch.zeros(6, 5, dtype=D))
+    assert found.converged.all()
+    fits = [LogisticRegression(C=1.0, fit_intercept=False, tol=1e-10).fit(x.numpy(), y.numpy()).coef_ for y in labels]
+    torch.testing.assert_close(found.b, torch.from_numpy(np.concatenate(fits)), atol=1e-5, rtol=0)
+
+
+def test_admm_traces_its_objective() -> None:
+    problem, a, b = programs(6, 8, shared=True)
+    seen: list[tuple[int, Tensor]] = []
+    found = ADMM().solve(problem, a, b, trace=lambda count, best: seen.append((count, best)))
+    assert [count for count, _ in seen] == [11 + 10 * i for i in range(len(seen))]
+    torch.testing.assert_close(seen[-1][1], found.value)
+    torch.testing.assert_close(ADMM().solve(problem, a, b).value, found.value, atol=1e-5, rtol=0)

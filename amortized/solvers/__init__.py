@@ -1,4 +1,26 @@
-"""Inner loops: solvers of B problems at once, one file each."""
+"""Inner loops: solvers of B problems at once, one file each.
+
+============================================  =====================================================================
+what the problem has                          solver
+============================================  =====================================================================
+only ``objective``, smooth                    :class:`LBFGS`, the default (:class:`BFGS` up to 30 unknowns by itself)
+many minima                                   :class:`MultiStart` around it
+noise or kinks in ``objective``               :class:`Adam`, its step size chosen by :func:`tune`
+no useful gradient                            :class:`CMAES`
+few unknowns, twice differentiable            :class:`Newton`
+``residuals``: a sum of squares               :class:`GaussNewton`
+``smooth`` and ``prox``                       :class:`FISTA`, with the maps of :mod:`amortized.solvers.proximal`
+``project``: a convex set                     :class:`ProjectedGradient`
+``program``: a quadratic program              :class:`ADMM`
+``equality``, ``inequality``                  :class:`AugmentedLagrangian`
+``update``: a fixed point                     :class:`Anderson`
+============================================  =====================================================================
+
+To refine a prediction inside ``forward``: :class:`GradientDescent`, :class:`Adam`, :class:`FISTA`, :class:`Anderson`,
+or the quasi-Newton solvers. For a single problem (B = 1) use :class:`amortized.solvers.outside.SciPy`: a round costs
+mostly the dispatch of its operations, which only many rows pay back. On many rows that are alike and well conditioned,
+one ``torch.optim.LBFGS`` on the sum of their objectives can be as fast; it does not say which rows converged.
+"""
 
 from amortized.solvers.adam import Adam
 from amortized.solvers.admm import ADMM

@@ -55,6 +55,8 @@ class Vectors(NamedTuple):
     q: Tensor
     lower: Tensor
     upper: Tensor
+    kq: Tensor
+    """``Kᵀq``."""
 
 
 class Certificate(NamedTuple):
@@ -123,13 +125,15 @@ class ADMM(RowSolver):
             program = problem.program(a)
             y = torch.zeros_like(program.lower) if y is None else ordinary(y)
             both = torch.cat([flat, y.to(flat.dtype)], 1)
-            programs: Any = _Programs(problem, program, b.shape[1:])
+            programs: Any = _Programs(problem, program, b.shape[1:], trace is not None)
             found = super().solve(programs, a, both, trace=trace)
-        n = flat.shape[1]
-        y = found.b[:, n:]
+            n = flat.shape[1]
+            x, y = found.b[:, :n].reshape(b.shape), found.b[:, n:]
+            if len(x):
+                found = found._replace(value=problem.objective(x, a))
         # A bound that is not there has no force; what is left there is rounding.
         absent = torch.where(y > 0, program.upper, program.lower).isinf()
-        return found._replace(b=found.b[:, :n].reshape(b.shape)), torch.where(absent, 0, y)
+        return found._replace(b=x), torch.where(absent, 0, y)
 
     def certify(self, problem: Any, a: Context, b: Tensor, y: Tensor) -> Certificate:
         """The residuals and the duality gap of a primal and dual pair."""
@@ -158,19 +162,18 @@ class ADMM(RowSolver):
         """As many iterations as there are between two looks, and a look."""
         state = rows.state
         factor = state.factor if isinstance(state.factor, Factor) else problem.shared
-        v, z, y, rho, iterations, (q, lower, upper), _ = state
+        v, z, y, rho, iterations, (_, lower, upper, kq), _ = state
         weight = factor.weight * rho.unsqueeze(1)
-        inverse = 1 / (1 + rho.unsqueeze(1) * factor.s)
-        kq = _times(factor.k.mT, q)
+        light, inverse = 1 / weight, 1 / (1 + rho.unsqueeze(1) * factor.s)
         for _ in range(self.check):
             right = _times(factor.ak.mT, weight * z - y) - kq
             if problem.sigma:
                 right = right + _times(factor.gram, v)
             u = right * inverse
-            az = RELAXATION * _times(factor.ak, u) + (1 - RELAXATION) * z
-            v = RELAXATION * u + (1 - RELAXATION) * v
-            z = torch.clamp(az + y / weight, lower, upper)
-            y = y + weight * (az - z)
+            az = torch.lerp(z, _times(factor.ak, u), RELAXATION)
+            v = torch.lerp(v, u, RELAXATION)
+            z = torch.clamp(torch.addcmul(az, y, light), lower, upper)
+            y = torch.addcmul(y, weight, az - z)
         state = Split(v, z, y, rho, iterations + self.check, state.program, state.factor)
         primal, dual, scales = _residuals(factor, state)
         balance = (primal / scales[0] / (dual / scales[1])).sqrt()
@@ -190,8 +193,8 @@ class ADMM(RowSolver):
 class _Programs:
     """The programs of a batch: shared matrices factored once, own ones where rows begin."""
 
-    def __init__(self, problem: Any, program: QuadraticProgram, shape: torch.Size) -> None:
-        self.problem, self.tail = problem, shape
+    def __init__(self, problem: Any, program: QuadraticProgram, shape: torch.Size, traced: bool) -> None:
+        self.problem, self.tail, self.traced = problem, shape, traced
         # Whether P can be factored as it is, and which constraints are equalities, is one answer for all rows.
         p = program.P
         spectrum = torch.linalg.eigvalsh(p)
@@ -215,19 +218,21 @@ class _Programs:
 
     def of(self, a: Context) -> tuple[Vectors, Factor, Any]:
         p, q, matrix, lower, upper = self.problem.program(a)
-        vectors = Vectors(q, lower, upper)
         if self.shared is not None:
-            return vectors, self.shared, Nothing()
+            return Vectors(q, lower, upper, _times(self.shared.k.mT, q)), self.shared, Nothing()
         size = len(q)
         factor = self.factor(p.expand(size, *p.shape[-2:]), matrix.expand(size, *matrix.shape[-2:]))
         factor = factor._replace(weight=factor.weight.expand(size, -1), gram=factor.gram + 0 * factor.k)
-        return vectors, factor, factor
+        return Vectors(q, lower, upper, _times(factor.k.mT, q)), factor, factor
 
     def matrix(self, a: Context) -> Tensor:
         p: Tensor = self.problem.program(a).P
         return p
 
     def value(self, x: Tensor, a: Context) -> Tensor:
+        """The objective where someone looks at it; no iterate is chosen by it, so otherwise it can wait for the end."""
+        if not self.traced:
+            return torch.zeros_like(x[:, 0])
         value: Tensor = self.problem.objective(x.reshape(len(x), *self.tail), a)
         return value
 

@@ -295,7 +295,7 @@ class RowSolver(Solver):
             residual=torch.where(better, residual, rows.residual),
             lowest=torch.where(better, torch.minimum(merit, rows.lowest), rows.lowest),
             iterations=torch.where(running, iterations, rows.iterations),
-            evaluations=rows.evaluations + running * evaluations,
+            evaluations=(rows.evaluations + running * evaluations).to(torch.int32),
             rounds=rounds,
             status=torch.where(running, status, rows.status).to(torch.int32),
             state=state,
@@ -432,7 +432,13 @@ class GradientSolver(RowSolver):
         value, grad = value_and_grad(problem, b, a)
         check_value(value, b)
         at, grad = self._flat(b), self._flat(grad)
-        return self.enter(at, value, self.dot(grad, grad).sqrt(), self.init(at, value, grad))
+        rows = self.enter(at, value, self.dot(grad, grad).sqrt(), self.init(at, value, grad))
+        if self.compiled and self.fuses:
+            # Fresh rows share memory in places, which would compile anew; with a copy they look like all others.
+            rows = map_leaves(lambda x: x.clone(memory_format=torch.contiguous_format), rows)
+            for x in leaves(rows):
+                torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if self.axis else 0)
+        return rows
 
     def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
         """One round: value and gradient of every row where its state asks for them, and what follows from that."""
@@ -513,11 +519,6 @@ _UNTRACEABLE: set[type] = set()
 def compiled_rounds(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
     """The rounds between two looks, compiled for any number of rows above one."""
     evaluate, tell, both = _compiler()
-    if solver.fuses:
-        # Rows fresh from init share memory in places, which would compile anew; with a copy every call looks the same.
-        rows = map_leaves(lambda x: x.clone(memory_format=torch.contiguous_format), rows)
-        for x in leaves(rows):
-            torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if solver.axis else 0)
     for x in leaves(a):
         torch._dynamo.maybe_mark_dynamic(x, 0)
     with torch._dynamo.config.patch(recompile_limit=64):
@@ -530,7 +531,7 @@ def compiled_rounds(solver: GradientSolver, problem: Problem, a: Context, rows: 
                 point = solver._shaped(rows.state.b, shape)
                 torch._dynamo.maybe_mark_dynamic(point, 0)
                 value, grad = (evaluate if traceable else value_and_grad)(problem, point, a)
-            except torch._dynamo.exc.Unsupported as error:
+            except torch._dynamo.exc.TorchDynamoException as error:
                 _UNTRACEABLE.add(type(problem))
                 why = str(error).splitlines()[0]
                 warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)

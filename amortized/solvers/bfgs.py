@@ -52,8 +52,12 @@ class BFGS(QuasiNewton):
     ) -> tuple[Matrix, Tensor]:
         """Add the waiting terms to K, multiply, and let the new ones wait."""
         k, keep, one, u, w = walk.curvature
-        eye = torch.eye(len(k), dtype=k.dtype, device=k.device).unsqueeze(2)
-        k = keep * k + one * eye + u.unsqueeze(1) * w + w.unsqueeze(1) * u
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            eye = torch.eye(len(k), dtype=k.dtype, device=k.device).unsqueeze(2)
+            k = keep * k + one * eye + u.unsqueeze(1) * w + w.unsqueeze(1) * u
+        else:
+            k.mul_(keep).addcmul_(u.unsqueeze(1), w).addcmul_(w.unsqueeze(1), u)
+            k.diagonal().add_(one.unsqueeze(1))
         h_grad = (k * grad).sum(1)
         sy = torch.where(paired, self.dot(s, y), 1)
         scale = torch.where(paired & walk.steepest, sy / self.dot(y, y), 1)

@@ -93,7 +93,7 @@ class FISTA(RowSolver):
         residual = self._mapping(problem, a, at, step)
         flat, none = self._flat(at), torch.zeros_like(value, dtype=torch.int32)
         state = Extrapolated(flat, flat, torch.ones_like(value), step, none, none)
-        return self.enter(flat, value, residual, state)
+        return self.enter(flat, value, residual, state, evaluations=1 if self.lr else 3)
 
     def _guess(self, problem: Composite, a: Context, b: Tensor) -> Tensor:
         """1 / curvature along the gradient ``(B,)``."""

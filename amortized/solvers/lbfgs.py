@@ -46,7 +46,7 @@ class LBFGS(QuasiNewton):
 
     Args:
         steps: evaluations after the first, at most; in :meth:`iterates`, the number of iterates.
-        memory: m, the number of pairs kept.
+        memory: m, the number of pairs kept. More save evaluations on ill-conditioned rows, and cost time on all.
         dense: up to this many unknowns :meth:`solve` keeps H in full (:class:`~amortized.solvers.BFGS`), which is
             faster there; 0 never does.
         tol: gradient norm at which a row is finished; None chooses by dtype.
@@ -63,7 +63,7 @@ class LBFGS(QuasiNewton):
     def __init__(
         self,
         steps: int = 1000,
-        memory: int = 10,
+        memory: int = 8,
         dense: int = 30,
         tol: float | None = None,
         noise: float | None = None,

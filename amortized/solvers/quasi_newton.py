@@ -135,7 +135,7 @@ class QuasiNewton(GradientSolver):
             search=search,
             steepest=restart | (state.steepest & ~paired),
             stalled=given_up & state.steepest,
-            curvature=self.forget(curvature, restart),
+            curvature=curvature if _surely_none(restart) else self.forget(curvature, restart),
         )
 
     def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
@@ -154,3 +154,8 @@ class QuasiNewton(GradientSolver):
     def visited(self, state: Walk) -> Tensor:
         """The accepted point; the trial beyond it may be worse."""
         return state.point
+
+
+def _surely_none(rows: Tensor) -> bool:
+    """Whether no row is named, where a look costs nothing: on a CPU, outside compiled code."""
+    return not (rows.is_cuda or torch.compiler.is_compiling()) and not bool(rows.any())
