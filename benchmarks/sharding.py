@@ -42,7 +42,7 @@ class Stopwatch(GapMonitor):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop them, before any process waits for another."""
-        taken = {
+        taken = {  # each the largest of any process
             "wall": time.perf_counter() - self.started[0],
             "processor": time.process_time() - self.started[1],
             "rows": float(len(self.metric.rows().index)),
@@ -91,9 +91,11 @@ def row(turns: list[dict[int, dict[str, float]]], processes: int, clock: str) ->
     value, goal = statistics.median(ratios), round(1.2 / processes, 3)
     one, shared = turns[-1][1], turns[-1][processes]
     same = all(math.isclose(one[name], shared[name], rel_tol=1e-6) for name in one if name.startswith("test/gap/"))
+    got = [result["processor"] / result["wall"] for result in (one, shared)]
     details = (
         f"{len(turns)} turns, {ratios[0]:.3f} to {ratios[-1]:.3f}",
         f"the most rows of a process {shared['rows']:.0f} of {CONTEXTS}",
+        f"of a core each process got {got[0]:.0%} alone, {got[1]:.0%} together: under 100% other work held the machine",
         f"gap {one['test/gap/mean']:.4g} on both: {same}",
         f"converged {one['test/gap/converged']:.1%}, lost {one['test/gap/lost']:.1%}",
     )

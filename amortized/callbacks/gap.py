@@ -66,7 +66,9 @@ def measure_gap(
         converged=torch.where(use_warm, warm.converged, cold.converged),
         evaluations=cold.evaluations,
     )
-    rows = rows._replace(again=values(b, fresh) - values(best, fresh) if random else rows.gap)
+    unknown = torch.full_like(rows.network, torch.nan)
+    again = values(b, fresh) - values(best, fresh) if random else rows.gap
+    rows = rows._replace(again=again, family=unknown, optimum=unknown)
     optimum, family_optimum = (getattr(problem, name, None) for name in ("optimum", "family_optimum"))
     if decompose and optimum is not None:
         if family_optimum is not None:
