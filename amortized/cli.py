@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -184,6 +185,7 @@ class AmortizedCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         given = list(sys.argv[1:] if args is None else args)
+        self.command = shlex.join(["amortized", *map(str, given)])
         for at, word in enumerate(given):
             if word in ("-c", "--config") and at + 1 < len(given):
                 given[at + 1] = resolve_recipe(given[at + 1])
@@ -305,7 +307,8 @@ class AmortizedCLI(LightningCLI):
             isinstance(c, TQDMProgressBar) for c in callbacks
         ):
             callbacks.append(ProgressBar())
-        kwargs["callbacks"] = [*callbacks, Interrupt(saver), Report(self.recipe, gap, budget)]
+        report = Report(self.recipe, gap, budget, command=self.command)
+        kwargs["callbacks"] = [*callbacks, Interrupt(saver), report]
         if self.subcommand == "predict":
             kwargs["callbacks"].append(PredictionWriter())
         if settings["trainer"]["profiler"] is None:

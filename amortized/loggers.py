@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import secrets
@@ -10,9 +11,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
 
 from amortized.checkpoint import digest_path
 
@@ -144,11 +149,48 @@ def wandb_id(folder: Path) -> str | None:
     return ids[-1][1] if ids else None
 
 
-def log_results(logger: WandbLogger, found: dict[str, dict[str, Any]], pictures: list[Path], step: int) -> None:
-    """Log the pictures of a run at a training step, and ``results.json`` as its summary: ``gap.mean`` and the others."""
+def log_results(
+    logger: WandbLogger,
+    found: dict[str, dict[str, Any]],
+    pictures: list[Path],
+    gap: Tensor,
+    report: Path,
+    step: int,
+) -> None:
+    """Log a run's pictures, histogram of the gap and report, and ``results.json`` as its summary: ``gap.mean`` and others."""
+    import wandb
+
     for path in pictures:
         logger.log_image(f"pictures/{path.stem}", [str(path)], step=step)
+    media: dict[str, Any] = {"report": wandb.Html(str(report), inject=False)}
+    finite = gap[gap.isfinite()].cpu().numpy()
+    if len(finite):
+        media["test/gap/histogram"] = wandb.Histogram(np_histogram=np.histogram(finite, bins=40))
+    logger.log_metrics(media, step)
     logger.experiment.summary.update({f"{group}.{k}": v for group, values in found.items() for k, v in values.items()})
+
+
+def log_worst(logger: WandbLogger, rows: list[dict[str, float]], portraits: list[Figure | None], step: int) -> None:
+    """Log the worst contexts as a table, with a picture of each where the problem draws one."""
+    import wandb
+
+    if not rows:
+        return
+    drawn = any(figure is not None for figure in portraits)
+    lines = [
+        [*row.values(), *([figure and wandb.Image(_cropped(figure))] if drawn else [])]
+        for row, figure in zip(rows, portraits, strict=True)
+    ]
+    logger.log_table("test/worst", [*rows[0], *(["picture"] if drawn else [])], lines, step=step)
+
+
+def _cropped(figure: Figure) -> Image.Image:
+    """The picture without the panels that nothing is drawn in."""
+    for axes in figure.axes:
+        axes.set_visible(axes.has_data())
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    return Image.open(file)
 
 
 def log_checkpoint(logger: WandbLogger, path: Path) -> None:

@@ -6,7 +6,7 @@ row. Contexts ``a`` are a tensor or a ``NamedTuple`` of tensors; solutions ``b``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -65,6 +65,13 @@ def take(a: Context, index: Tensor | slice) -> Context:
     if isinstance(index, slice):
         return map_leaves(lambda leaf: leaf[index], a)
     return map_leaves(lambda leaf: leaf.index_select(0, index), a)
+
+
+def concatenate(parts: Sequence[Context]) -> Context:
+    """One context of the rows of all of them, in order."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return type(parts[0])(*map(concatenate, zip(*parts, strict=True)))
 
 
 def value_and_grad(problem: Problem, b: Tensor, a: Context, create_graph: bool = False) -> tuple[Tensor, Tensor]:

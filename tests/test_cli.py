@@ -47,6 +47,7 @@ def test_a_run_writes_one_folder(capsys):
         "results.json",
         "pictures",
         "checkpoints",
+        "report.html",
     }
     found = json.loads((folder / "results.json").read_text())
     assert set(found) == {"objective", "gap", "rows", "time", "decomposition"}  # this problem declares its optimum
@@ -57,7 +58,7 @@ def test_a_run_writes_one_folder(capsys):
     assert found["gap"]["mean"] == pytest.approx(found["objective"]["network"] - found["objective"]["solver"], rel=1e-5)
     assert found["objective"]["solver"] == pytest.approx(1, abs=1e-5)
     assert found["time"]["equal_quality_ratio"] > 0
-    assert {p.name for p in (folder / "pictures").iterdir()} == {"gap.png", "budget.png"}
+    assert {p.name for p in (folder / "pictures").iterdir()} == {"curves.png", "gap.png", "budget.png"}
     assert "amortization gap, mean" in capsys.readouterr().out
     assert [p for p in Path().iterdir() if p.name not in ("run",)] == []
 

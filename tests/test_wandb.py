@@ -46,7 +46,7 @@ def wandb_runs(folder):
 
 
 def test_an_offline_run_has_everything():
-    run("--wandb=offline", "--wandb_artifact=true", "--run_folder=kept")
+    run("--model=toy.Drawn", "--wandb=offline", "--wandb_artifact=true", "--run_folder=kept")
     (logged,) = wandb_runs("kept")
     assert logged.exit_code == 0
     assert (logged.project, logged.group) == ("amortized", "run")
@@ -66,14 +66,36 @@ def test_an_offline_run_has_everything():
     assert found["gap"]["mean"] == pytest.approx(logged.curve("test/gap/mean")[STEPS])
 
     pictures = {path.stem for path in Path("kept/pictures").glob("*.png")}
-    assert pictures >= {"gap", "budget"}
+    assert pictures == {"curves", "gap", "budget", "solutions", "worst"}
     for name in pictures:
         (file,) = [file for file in logged.files if file.startswith(f"media/images/pictures/{name}_")]
         (copy,) = Path("kept").glob(f"wandb/offline-run-*/files/{file}")
         assert copy.read_bytes() == Path(f"kept/pictures/{name}.png").read_bytes()
         assert list(logged.curve(f"pictures/{name}/filenames")) == [STEPS]
 
-    (artifact,) = logged.artifacts
+    assert logged.curve("test/gap/histogram/_type") == {STEPS: "histogram"}
+    assert sum(logged.curve("test/gap/histogram/values")[STEPS]) == found["rows"]["total"] == 64
+
+    (file,) = [file for file in logged.files if file.startswith("media/html/report_")]
+    (copy,) = Path("kept").glob(f"wandb/offline-run-*/files/{file}")
+    assert copy.read_text() == Path("kept/report.html").read_text()
+    assert logged.curve("report/path") == {STEPS: file}
+
+    (file,) = [file for file in logged.files if file.startswith("media/table/test/worst_")]
+    (path,) = Path("kept").glob(f"wandb/offline-run-*/files/{file}")
+    worst = json.loads(path.read_text())
+    assert worst["columns"] == ["index", "network", "solver", "gap", "converged", "picture"]
+    gaps = [row[3] for row in worst["data"]]
+    assert len(gaps) == 8
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] >= found["gap"]["p95"]
+    assert len({row[0] for row in worst["data"]}) == 8
+    for row in worst["data"]:
+        assert row[1] - row[2] == pytest.approx(row[3])
+        assert row[5] == "Image"
+    (table,) = [files for kind, _, files in logged.artifacts if kind == "run_table"]
+    assert len([file for file in table if file.endswith(".png")]) == 8
+    (artifact,) = [artifact for artifact in logged.artifacts if artifact[0] == "model"]
     last = f"step={STEPS:08d}.ckpt"
     assert artifact == ("model", f"checkpoint-{logged.id}", [last, f"{last}.sha256"])
 
@@ -83,8 +105,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run():
     run("--wandb=offline", "--run_folder=kept", "--ckpt_path=kept")
     first, second = wandb_runs("kept")
     assert first.id == second.id
-    assert not first.artifacts
-    assert not second.artifacts
+    assert [kind for kind, *_ in first.artifacts + second.artifacts] == ["run_table"] * 2  # no checkpoints
     assert max(first.curve("train/loss")) < min(second.curve("train/loss"))
     assert max(second.curve("train/loss")) == STEPS - 1
     run("--wandb=offline", "--run_folder=another/kept", "--trainer.max_steps=20")

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from lightning import Callback
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,6 +27,17 @@ class Quadratic(AmortizedModule):
 
     def optimum(self, a):
         return torch.ones(len(a))
+
+
+class Drawn(Quadratic):
+    """With a picture: four panels, as many contexts in them as there are."""
+
+    def draw(self, a, solutions):
+        figure = Figure(figsize=(6, 2))
+        for i, axes in zip(range(len(a)), figure.subplots(1, 4), strict=False):
+            for b in solutions.values():
+                axes.plot(b[i].cpu(), "o")
+        return figure
 
 
 class Gaussians(ContextDataModule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amortized.metrics import AmortizationGap, GapRows
 from amortized.module import AmortizedModule
-from amortized.problem import Context, draws, evaluate, is_random, take
+from amortized.problem import Context, concatenate, draws, evaluate, is_random, map_leaves, take
 from amortized.solvers import LBFGS, Solution, Solver
 from amortized.solvers.base import tolerance
 
@@ -91,6 +91,24 @@ def longer(solver: Solver, dtype: torch.dtype) -> Solver:
     return strong
 
 
+class Cases(NamedTuple):
+    """Contexts with what was found for them; the rows of all fields belong together."""
+
+    rows: GapRows
+    a: Context
+    network: Tensor
+    """Predictions ``(B, *)``."""
+    solver: Tensor
+    """Reference solutions ``(B, *)``."""
+
+
+def worst_of(cases: Cases, count: int) -> Cases:
+    """Those with the largest gap, the largest first; a gap that is not a number is larger than any."""
+    gap = cases.rows.gap.nan_to_num(nan=torch.inf)
+    worst: Cases = take(cases, gap.argsort(descending=True, stable=True)[:count])
+    return worst
+
+
 class GapMonitor(Callback):
     """Logs the statistics of :class:`~amortized.metrics.AmortizationGap` as ``val/gap/*`` and ``test/gap/*``.
 
@@ -98,21 +116,25 @@ class GapMonitor(Callback):
     a fraction of the time, by measuring only as many of the first contexts as it can afford: ``val/gap/total`` says how many.
     Outside training it measures all of them, finds the terms of :func:`~amortized.metrics.decomposition` where the problem
     declares its ``optimum``, and measures the same on the shifted contexts, where the data have some: ``test/shifted/gap/*``.
+    At a test it keeps the contexts with the largest gap, of all processes; not of the shifted ones.
 
     Args:
         solver: the inner loop to measure against; ``None``: L-BFGS.
         max_fraction: of the training time so far to spend on the gap, in [0, 1]; 1 measures every context.
+        keep_worst: how many contexts of a test to keep, those with the largest gap.
     """
 
-    def __init__(self, solver: Solver | None = None, max_fraction: float = 0.05) -> None:
+    def __init__(self, solver: Solver | None = None, max_fraction: float = 0.05, keep_worst: int = 8) -> None:
         if not 0 <= max_fraction <= 1:
             raise ValueError(f"gap.max_fraction must be in [0, 1]; got {max_fraction}")
         self.solver = solver if solver is not None else LBFGS()
-        self.max_fraction = max_fraction
+        self.max_fraction, self.keep_worst = max_fraction, keep_worst
         self.metric, self.shifted_metric = AmortizationGap(), AmortizationGap()
         self.results: dict[str, float] = {}
         self.shifted: dict[str, float] = {}
         self.example: tuple[Context, Tensor, Tensor] | None = None
+        self.worst: Cases | None = None
+        """After a test, on every process; the index of its rows is the context's place in the test set."""
         self.seconds = 0.0
         self._started = 0.0
         self._seconds_per_row: float | None = None
@@ -138,7 +160,7 @@ class GapMonitor(Callback):
         for metric in (self.metric, self.shifted_metric):
             metric.to(pl_module.device).reset()
             metric.update(GapRows(*torch.empty(len(GapRows._fields), 0, device=pl_module.device)))
-        self.example, self.shifted = None, {}
+        self.example, self.worst, self.shifted = None, None, {}
 
     def on_validation_batch_end(
         self,
@@ -168,6 +190,11 @@ class GapMonitor(Callback):
             metric.update(rows)
             if self.example is None and not dataloader_idx:
                 self.example = (a, b.to(best.dtype), best)  # b may be of mixed precision
+            if trainer.testing and self.keep_worst and not dataloader_idx:
+                cases = Cases(rows, a, b.to(best.dtype), best)
+                self.worst = worst_of(
+                    cases if self.worst is None else concatenate([self.worst, cases]), self.keep_worst
+                )
             spent = time.perf_counter() - started
             self.seconds += spent
             self._seconds_per_row = min(spent / n, self._seconds_per_row or spent / n)
@@ -200,5 +227,18 @@ class GapMonitor(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(pl_module, "test")
+        self._gather_worst(trainer, pl_module.device)
+
+    def _gather_worst(self, trainer: Trainer, device: torch.device) -> None:
+        parts: list[Any] = [self.worst]
+        if trainer.world_size > 1:
+            mine = None if self.worst is None else map_leaves(lambda leaf: leaf.cpu(), self.worst)
+            parts = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, mine)
+        parts = [map_leaves(lambda leaf: leaf.to(device), part) for part in parts if part is not None]
+        if parts:
+            worst = worst_of(concatenate(parts), self.keep_worst)
+            place = torch.searchsorted(self.table.index.contiguous(), worst.rows.index.to(self.table.index))
+            self.worst = worst._replace(rows=worst.rows._replace(index=place))
 
     on_test_epoch_start, on_test_batch_end = on_validation_epoch_start, on_validation_batch_end

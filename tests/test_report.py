@@ -1,0 +1,285 @@
+"""A problem that the package has never seen, driven from YAML to ``report.html``; what the files of a run promise."""
+
+import base64
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from runs import Run
+from toy import Drawn, Gaussians, Quadratic
+
+from amortized.callbacks import BudgetMonitor, GapMonitor
+from amortized.callbacks.budget import Curve, first, measure_budget
+from amortized.callbacks.report import lines, results, table
+from amortized.cli import main
+from amortized.solvers import LBFGS, Adam, GradientDescent
+
+PROBLEM = '''
+"""Where a cannon must aim: b holds the tangent of its angle and the speed; a the target's distance and height."""
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from amortized import AmortizedModule, ContextDataModule
+
+class Cannon(AmortizedModule):
+    objective_name = "miss & effort <J>"
+
+    def __init__(self, **kwargs):
+        super().__init__(nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 2)), **kwargs)
+
+    def height(self, b, x):
+        slope, speed = b[:, :1], 1 + b[:, 1:].exp()
+        return slope * x - x.square() * (1 + slope.square()) / speed.square()
+
+    def objective(self, b, a):
+        return (self.height(b, a[:, :1]).squeeze(1) - a[:, 1]).square() + 0.1 * (2 * b[:, 1]).exp()
+
+    def draw(self, a, solutions):
+        figure = Figure(figsize=(6, 3))
+        x = torch.linspace(0, 2, 50).expand(len(a), -1)
+        for (name, b), style in zip(solutions.items(), "-:"):
+            figure.gca().plot(x.T, self.height(b, x).T, style, color="k")
+        figure.gca().plot(a[:, 0], a[:, 1], "ro")
+        return figure
+
+class Targets(ContextDataModule):
+    def sample(self, n, generator):
+        return 1 + torch.rand(n, 2, generator=generator, device=generator.device)
+
+    def contexts(self, split):  # two of the test contexts are broken
+        a = super().contexts(split)
+        return a if split != "test" else torch.cat([a[:-2], torch.tensor([[1.0, torch.nan], [torch.inf, 1.0]])])
+'''
+
+RECIPE = """
+trainer: {max_steps: 60, val_check_interval: 20, check_val_every_n_epoch: null, log_every_n_steps: 10,
+          accelerator: cpu, enable_progress_bar: false}
+model: {class_path: unseen.Cannon, init_args: {optimizer: {class_path: torch.optim.Adam, init_args: {lr: 0.01}}}}
+data: {class_path: unseen.Targets, init_args: {num_val: 64, num_test: 50, eval_batch_size: 50}}
+gap: {solver: {class_path: LBFGS, init_args: {steps: 60}}, max_fraction: 1}
+budget: {contexts: 50, rivals: {LBFGS: {class_path: LBFGS, init_args: {steps: 60}}}}
+"""
+
+FRACTION, NUMBER, COUNT, NAME = "fraction", "number", "count", "name"
+SCHEMA = {
+    "objective": {"network": NUMBER, "solver": NUMBER},
+    "gap": {"mean": NUMBER, "median": NUMBER, "p95": NUMBER, "relative": NUMBER, "stderr": NUMBER, "noise": NUMBER},
+    "rows": {"total": COUNT, "converged": FRACTION, "diverged": FRACTION, "lost": FRACTION},
+    "time": {
+        "network": NUMBER,
+        "solver": NUMBER,
+        "equal_quality_ratio": NUMBER,
+        "contexts": COUNT,
+        "rival": NAME,
+        "not_finite": FRACTION,
+        "row_ratio_median": NUMBER,
+        "row_ratio_p95": NUMBER,
+        "rows_never_reached": FRACTION,
+        "warm_rival": NAME,
+        "tolerance": FRACTION,
+        "evaluations_cold": NUMBER,
+        "evaluations_warm": NUMBER,
+        "evaluations_saved": NUMBER,
+        "rows_never_solved_cold": FRACTION,
+        "rows_never_solved_warm": FRACTION,
+    },
+}
+
+
+def check_schema(found):
+    """Exactly these keys; a number may be null where it is not finite, and all of time where it was not measured."""
+    assert {group: list(values) for group, values in found.items()} == {g: list(keys) for g, keys in SCHEMA.items()}
+    measured = found["time"]["network"] is not None
+    for group, keys in SCHEMA.items():
+        for key, kind in keys.items():
+            value = found[group][key]
+            if group == "time" and not measured:
+                assert value is None, key
+            elif kind is COUNT:
+                assert type(value) is int, key
+            elif kind is NAME:
+                assert type(value) is str, key
+            elif kind is FRACTION:
+                assert type(value) is float, key
+                assert 0 <= value <= 1, key
+            else:
+                assert value is None or (type(value) is float and math.isfinite(value)), key
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its text; every tag that is opened is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def unseen(tmp_path, monkeypatch):
+    Path("unseen.py").write_text(PROBLEM)
+    Path("cannon.yaml").write_text(RECIPE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("unseen", None)
+
+
+def test_a_problem_never_seen_goes_from_yaml_to_report(unseen, capsys):
+    assert len(PROBLEM.strip().splitlines()) <= 40
+    main(["fit", "-c", "cannon.yaml", "--run_folder=run"])
+    found = json.loads(Path("run/results.json").read_text())
+    check_schema(found)
+    assert found["rows"]["total"] == found["time"]["contexts"] == 50
+    assert found["rows"]["diverged"] == pytest.approx(2 / 50)
+    assert found["time"]["not_finite"] == pytest.approx(2 / 50)
+    assert found["time"]["rows_never_solved_cold"] >= 2 / 50  # broken rows stay in the counts
+    assert found["gap"]["mean"] > -1e-6
+    assert found["time"]["evaluations_cold"] > 1
+
+    text = Path("run/report.html").read_text()
+    page = Page(text)
+    assert {p.stem for p in Path("run/pictures").iterdir()} == {"curves", "gap", "budget", "solutions", "worst"}
+    images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    start = "data:image/png;base64,"
+    assert [base64.b64decode(src.removeprefix(start)) for src in images] == [
+        Path(f"run/pictures/{name}.png").read_bytes() for name in ("curves", "gap", "budget", "solutions", "worst")
+    ]
+    assert Path("run/config.yaml").read_text() in page.text
+    assert "amortized fit -c cannon.yaml --run_folder=run" in page.text
+    assert "miss & effort <J>" in page.text
+    for label, value in lines(found, "miss & effort <J>"):
+        assert label.strip() in page.text
+        assert value in page.text
+    assert "48 *" in page.text  # the broken contexts are the worst ones, and marked
+    assert "49 *" in page.text
+    assert capsys.readouterr().out.count("evaluations to 0.001 of the best") == 1
+
+
+def test_the_report_needs_no_network(unseen):
+    main(["fit", "-c", "cannon.yaml", "--run_folder=run", "--budget.enabled=false", "--trainer.max_steps=20"])
+    check_schema(json.loads(Path("run/results.json").read_text()))
+    text = Path("run/report.html").read_text()
+    for tag, attributes in Page(text).tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed"), tag
+        for name in ("src", "href", "srcset", "data", "style"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, name)
+        assert not any(name.startswith("on") for name in attributes)
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert not re.search(r"url\(|@import|//", style)
+
+
+def test_a_row_that_never_gets_there_is_counted():
+    at, values = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[5.0, 5, math.inf], [3, 4, math.nan], [2, 4, 4]])
+    assert first(at, values, torch.tensor([3.0, 3, math.inf])).tolist() == [2, math.inf, 3]
+
+
+class Valley(Quadratic):
+    """Solved in the first dimension by the network, but for the last two rows: on these it is far off, or NaN."""
+
+    def forward(self, a):
+        b = 2 * a + 0.1
+        b[-2], b[-1] = 1e3, math.nan
+        return b
+
+
+def test_budget_of_known_rows():
+    """A quadratic with unit steps of gradient descent: after k of them the rest is r^k of what the cold start lacks."""
+    a = 3 * torch.ones(8, 3)
+    problem = Valley().eval()
+    rate, tol = 0.5, 1e-3  # b - 2a halves with each step of size 1/4
+    descent = GradientDescent(steps=40, lr=(1 - rate) / 2, tol=0.0, momentum=0.0)
+    found = measure_budget(problem, a, {"descent": descent}, tol=tol)
+    cold, warm = (found.needed(curves[0]) for curves in (found.cold, found.warm))
+    # L - 1 = 3 * 36 cold, 3 * 0.01 from the prediction, which is solved already; one evaluation is the start itself
+    steps = math.ceil(math.log(tol) / (2 * math.log(rate)))
+    assert cold.tolist() == [1 + steps] * 8
+    assert warm[:6].tolist() == [1] * 6
+    assert warm[6] > cold[6]  # a bad prediction saves less than nothing
+    assert warm[7] == math.inf
+    assert found.saved[:6].tolist() == [steps] * 6
+    assert found.saved[6] < 0
+    assert found.saved[7] == -math.inf
+    summary = found.summary()
+    assert summary["evaluations_saved"] == steps
+    assert summary["rows_never_solved_cold"] == 0
+    assert summary["rows_never_solved_warm"] == summary["not_finite"] == 1 / 8
+    reached = found.row_ratios
+    assert (reached[:6] > reached[6]).all()  # its start is better than such a network
+    assert reached[7] == reached[6]
+    assert summary["rows_never_reached"] == 0
+
+
+def test_a_rival_that_never_reaches_the_network_says_so():
+    problem = Quadratic().eval()
+    problem.forward = lambda a: 2 * a
+    found = measure_budget(problem, torch.ones(8, 3), {"slow": GradientDescent(steps=3, lr=1e-3)})
+    summary = found.summary()
+    assert summary["rows_never_reached"] == summary["rows_never_solved_cold"] == 1
+    assert summary["equal_quality_ratio"] == summary["row_ratio_median"] == summary["evaluations_saved"] == math.inf
+    gap = dict.fromkeys(("network", "reference", "mean", "median", "p95", "relative", "stderr", "noise"), math.nan)
+    gap |= {"total": 8.0, "converged": 0.0, "diverged": 1.0, "lost": 0.0}
+    told = results(gap, found)
+    check_schema(told)
+    assert told["time"]["equal_quality_ratio"] is None
+    assert "never" in table(told, "name", "objective")
+    assert "100.0%" in table(told, "name", "objective")
+
+
+def test_warm_time_includes_the_network_and_values_never_rise():
+    found = measure_budget(Quadratic(noise=0.1).eval(), torch.randn(16, 3), {"L": LBFGS(steps=20), "A": Adam(steps=20)})
+    for curve in [*found.cold, *found.warm]:
+        assert isinstance(curve, Curve)
+        assert len(curve.seconds) == len(curve.evaluations) == len(curve.values)
+        assert (curve.values.diff(dim=0) <= 1e-6).all()
+        assert (curve.evaluations.diff() >= 0).all()
+        assert curve.seconds[0] >= (found.network_seconds if curve.warm else 0)
+
+
+def test_the_worst_contexts_are_those_of_the_whole_set():
+    module, data = Drawn().eval(), Gaussians(num_test=96, eval_batch_size=40)
+    monitor = GapMonitor(LBFGS(steps=30), keep_worst=5)
+    off = ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary", "use_distributed_sampler")
+    Trainer(accelerator="cpu", callbacks=[monitor, BudgetMonitor(enabled=False)], **dict.fromkeys(off, False)).test(
+        module, data, verbose=False
+    )
+    a = data.contexts("test")
+    gap = (module(a) - 2 * a).square().sum(1)
+    values, index = gap.topk(5)
+    assert monitor.worst.rows.index.tolist() == index.tolist()
+    assert torch.equal(monitor.worst.a, a[index])
+    assert torch.allclose(monitor.worst.rows.gap, values.double(), atol=1e-4)
+    assert torch.allclose(monitor.worst.network, module(a[index]))
+
+
+def test_processes_gather_the_worst_contexts():
+    args = ["--model=toy.Quadratic", "--data=toy.FiniteGaussians", "--data.eval_batch_size=300", "--gap.solver=LBFGS"]
+    args += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--budget.enabled=false"]
+    tables = []
+    for processes in (1, 2):
+        strategy = ["--trainer.strategy=ddp_fork"] if processes > 1 else []
+        run = Run(["test", *args, f"--trainer.devices={processes}", *strategy, f"--run_folder=run-{processes}"])
+        assert run.wait() == 0, run.output()
+        text = Path(f"run-{processes}/report.html").read_text()
+        worst = text[text.index('<section id="worst">') : text.index('<section id="numbers">')]
+        tables.append(re.findall(r"<tr><td>(\d+)</td>", worst))
+    assert len(tables[0]) == 8
+    assert tables[0] == tables[1]
+    assert any(300 <= int(index) < 600 for index in tables[0])  # of the second process
