@@ -45,7 +45,8 @@ class AmortizationGap(Metric):
 
     * ``mean``, ``median``, ``p95`` and ``stderr`` (of the mean) of the gap;
     * ``noise``: of that mean, the standard error that comes of evaluating a random objective on finitely many draws (rows
-      must draw independently of each other). 0 where the objective is not random. ``stderr`` contains it;
+      must draw independently of each other), whatever solutions the search found. 0 where the objective is not random.
+      ``stderr`` contains it;
     * ``relative``: ``sum(gap) / sum(|reference|)``;
     * ``network`` and ``reference``: the mean objectives;
 
