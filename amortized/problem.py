@@ -122,7 +122,8 @@ def is_random(problem: Problem, b: Tensor, a: Context) -> bool:
 class CommonDraws:
     """A random objective with its draws fixed (common random numbers): the same ``seed`` before every evaluation.
 
-    The draws belong to places in the batch, so the rows of ``b`` and ``a`` must keep their places.
+    The draws belong to places in the batch, so the rows of ``b`` and ``a`` must keep their places. In memory ``b`` is put in
+    its usual order first: what is drawn like a tensor (``randn_like``) is drawn in the order of that tensor's memory.
     """
 
     def __init__(self, problem: Problem, seed: int) -> None:
@@ -130,7 +131,7 @@ class CommonDraws:
 
     def objective(self, b: Tensor, a: Context) -> Tensor:
         with draws(self.seed, b.device):
-            return self.problem.objective(b, a)
+            return self.problem.objective(b.contiguous(), a)
 
     def __getattr__(self, name: str) -> Any:
         """What else the problem has, under the same draws."""
@@ -142,7 +143,7 @@ class CommonDraws:
 
         def drawn(b: Tensor, *rest: Any) -> Any:
             with draws(self.seed, b.device):
-                return attribute(b, *rest)
+                return attribute(b.contiguous(), *rest)
 
         return drawn
 

@@ -18,6 +18,7 @@ from amortized.callbacks import BudgetMonitor, GapMonitor
 from amortized.callbacks.budget import Curve, first, measure_budget
 from amortized.callbacks.report import lines, results, table
 from amortized.cli import main
+from amortized.problem import CommonDraws
 from amortized.solvers import LBFGS, Adam, GradientDescent
 
 PROBLEM = '''
@@ -241,6 +242,15 @@ def test_a_rival_that_never_reaches_the_network_says_so():
     assert told["time"]["equal_quality_ratio"] is None
     assert "never" in table(told, "name", "objective")
     assert "100.0%" in table(told, "name", "objective")
+
+
+def test_all_sides_have_the_same_draws_whatever_their_layout():
+    problem, b, a = CommonDraws(Quadratic(noise=1.0), seed=0), torch.randn(5, 3), torch.randn(5, 3)
+    assert torch.equal(problem.objective(b, a), problem.objective(b.T.contiguous().T, a))
+    module = Quadratic(noise=1.0).eval()
+    found = measure_budget(module, torch.randn(64, 3), {"L": LBFGS(steps=50), "A": Adam(steps=400, lr=0.1)})
+    ends = [curve.values[-1] for curve in [*found.cold, *found.warm]]
+    assert all(torch.allclose(end, ends[0], atol=1e-3) for end in ends)
 
 
 def test_warm_time_includes_the_network_and_values_never_rise():

@@ -187,8 +187,8 @@ def measure_budget(
 
     A random objective has the same fixed draws on all sides, which favours the solvers: they fit those draws, the
     network does not. What the recording itself takes is not counted against the rivals. A recorded solver keeps the rows
-    that it has finished, which an unrecorded one drops; so the rival's whole run is timed unrecorded, and no time to
-    equal quality counts for more than that.
+    that it has finished, which an unrecorded one drops (unless the objective is random); so the rival's whole run is
+    timed unrecorded, and no time to equal quality counts for more than that.
 
     Args:
         problem: the module.

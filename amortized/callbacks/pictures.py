@@ -123,5 +123,5 @@ def _range(budget: Budget, level: float) -> tuple[float, float] | None:
     if not heights or max(heights) == min(heights):
         return None
     low, high = min(heights), max(heights)
-    high = min(high, low + max(5 * (level - low), 0.2 * (high - low)))
+    high = min(high, low + max(5 * (level - low), 0.05 * (high - low)))
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
