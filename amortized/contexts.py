@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from amortized.problem import Context, ProblemError, leaves, map_leaves, num_rows, start_draws, take
 
 _STREAMS = ("train", "val", "test", "order", "train noise", "val noise", "test noise", "predict noise")
+_SHIFTED = "shifted "  # opens the name of a split of the shifted contexts
 _BITS = 29  # of a 32-bit seed, for the number within a stream; 3 name the stream
 
 
@@ -72,6 +73,9 @@ class ContextDataModule(LightningDataModule):
         batches_per_step: context batches, each with an update of its own, in one training step of the Trainer.
         num_workers: loader processes, which draw on the CPU; 0 draws on the training device.
         predict: a file (.pt, .npy, .npz) of contexts to predict solutions for; ``None``: the test contexts.
+        shifted: other contexts of the same kind, a data module of its own, whose test contexts a test measures too (and a
+            ``validate`` its validation contexts): how the model generalises. With the same seed, and as many, they differ from
+            the unshifted ones in their distribution alone. Of its settings those that say what its contexts are count.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class ContextDataModule(LightningDataModule):
         batches_per_step: int = 1,
         num_workers: int = 0,
         predict: str | None = None,
+        shifted: ContextDataModule | None = None,
     ) -> None:
         super().__init__()
         for name in ("batch_size", "num_val", "num_test", "eval_batch_size", "batches_per_step"):
@@ -91,7 +96,7 @@ class ContextDataModule(LightningDataModule):
                 raise ValueError(f"data.{name} must be at least 1; got {locals()[name]}")
         self.batch_size, self.eval_batch_size, self.batches_per_step = batch_size, eval_batch_size, batches_per_step
         self.num_rows = {"val": num_val, "test": num_test}
-        self.seed, self.num_workers, self.predict = seed, num_workers, predict
+        self.seed, self.num_workers, self.predict, self.shifted = seed, num_workers, predict, shifted
         self.position = 0
         self._finite: dict[str, Context | Dataset | None] = {}
         self._order: tuple[int, Tensor] | None = None
@@ -138,7 +143,10 @@ class ContextDataModule(LightningDataModule):
 
     def _set(self, split: str) -> Context | Dataset | None:
         if split not in self._finite:
-            if split != "predict":
+            if split.startswith(_SHIFTED):
+                assert self.shifted is not None
+                self._finite[split] = self.shifted._set(split.removeprefix(_SHIFTED))
+            elif split != "predict":
                 self._finite[split] = self.contexts(split)
             elif self.predict is None:
                 self._finite[split] = self._set("test")
@@ -166,9 +174,15 @@ class ContextDataModule(LightningDataModule):
 
     # ---- Lightning
 
+    def prepare_data(self) -> None:
+        if self.shifted is not None:
+            self.shifted.prepare_data()
+
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.position = 0
+        if self.shifted is not None:
+            self.shifted.setup(stage)
 
     def _deal(self, split: str) -> Any:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -191,10 +205,15 @@ class ContextDataModule(LightningDataModule):
         return self._deal("train")
 
     def val_dataloader(self) -> Any:
-        return self._deal("val")
+        return self._with_shifted("val")
 
     def test_dataloader(self) -> Any:
-        return self._deal("test")
+        return self._with_shifted("test")
+
+    def _with_shifted(self, split: str) -> Any:
+        if self.shifted is None or (self.trainer is not None and self.trainer.state.fn == "fit"):
+            return self._deal(split)
+        return [self._deal(split), self._deal(_SHIFTED + split)]
 
     def predict_dataloader(self) -> Any:
         return self._deal("predict")
@@ -211,7 +230,7 @@ class ContextDataModule(LightningDataModule):
         if split == "train":
             world = self.trainer.world_size
             self.position = (number - self.trainer.global_rank + world) * self.batches_per_step
-        start_draws(stream_seed(self.seed, f"{split} noise", number), device)
+        start_draws(stream_seed(self.seed, f"{split.removeprefix(_SHIFTED)} noise", number), device)
         return contexts if len(contexts) > 1 else contexts[0]
 
     def _draw(self, split: str, number: int, device: torch.device | str) -> list[Context]:

@@ -24,6 +24,12 @@ class GapRows(NamedTuple):
     """1 where the solver behind ``reference`` met its tolerance."""
     evaluations: Tensor
     """Evaluations of the objective that the cold start took."""
+    again: Tensor | None = None
+    """The gap once more, both sides on a second set of fresh draws; the gap itself where the objective is not random."""
+    family: Tensor | None = None
+    """``L`` of the best solution there is, ``min_b L(b; a)``, as far as known: see :func:`decomposition`."""
+    optimum: Tensor | None = None
+    """``L*``, the true minimum, where the problem declares it."""
 
     @property
     def gap(self) -> Tensor:
@@ -38,6 +44,9 @@ class AmortizationGap(Metric):
     returns, over the rows whose gap is finite,
 
     * ``mean``, ``median``, ``p95`` and ``stderr`` (of the mean) of the gap;
+    * ``noise``: of that mean, the standard error that comes of evaluating a random objective on finitely many draws (rows
+      must draw independently of each other), whatever solutions the search found. 0 where the objective is not random.
+      ``stderr`` contains it;
     * ``relative``: ``sum(gap) / sum(|reference|)``;
     * ``network`` and ``reference``: the mean objectives;
 
@@ -47,7 +56,8 @@ class AmortizationGap(Metric):
     * ``diverged``: no finite gap (the prediction, or every solver run, was NaN or infinite);
     * ``lost``: the cold-started solver alone ended above the network (by more than rounding, 1e-6 relative).
 
-    and ``total``, the number of rows. A negative gap is reported as it is.
+    and ``total``, the number of rows. A negative gap is reported as it is. Where the rows know the true minimum, the terms of
+    :func:`decomposition` follow, as ``decomposition/*``.
     """
 
     full_state_update = False
@@ -60,7 +70,9 @@ class AmortizationGap(Metric):
 
     def update(self, rows: GapRows) -> None:
         """Add the rows of one batch."""
-        self.parts.append(torch.stack([column.detach().double() for column in rows], 1))
+        unknown = torch.full_like(rows.network, torch.nan)
+        columns = [unknown if column is None else column for column in rows]
+        self.parts.append(torch.stack([column.detach().double() for column in columns], 1))
 
     def rows(self) -> GapRows:
         """Every row measured so far on this process (on all of them inside ``compute``), in the order of the set."""
@@ -75,7 +87,7 @@ class AmortizationGap(Metric):
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
         # A process without rows must still take part in the gathering: give it a part of no rows.
-        self.parts = [torch.stack(list(self.rows()), 1)]
+        self.parts = [torch.stack(list(self.rows()), 1)]  # type: ignore[arg-type]  # no column is None here
         super()._sync_dist(*args, **kwargs)
 
 
@@ -91,6 +103,9 @@ def gap_statistics(rows: GapRows) -> dict[str, Tensor]:
         "median": gap.quantile(0.5) if len(gap) else nan,
         "p95": gap.quantile(0.95) if len(gap) else nan,
         "stderr": gap.std() / n**0.5 if len(gap) > 1 else nan,
+        "noise": ((gap - rows.again[finite]).square().sum() / 2).sqrt() / n
+        if rows.again is not None and len(gap)
+        else nan,
         "relative": gap.sum() / rows.reference[finite].abs().sum() if len(gap) else nan,
         "network": rows.network[finite].mean(),
         "reference": rows.reference[finite].mean(),
@@ -98,4 +113,43 @@ def gap_statistics(rows: GapRows) -> dict[str, Tensor]:
         "diverged": (~finite).sum() / total,
         "lost": (~(rows.cold - rows.network <= 1e-6 * rows.network.abs()) & torch.isfinite(rows.network)).sum() / total,
         "total": gap.new_tensor(len(rows.gap)),
+        **{f"decomposition/{name}": value for name, value in decomposition(rows).items()},
     }
+
+
+def decomposition(rows: GapRows) -> dict[str, Tensor]:
+    """What the predictions lose against the true minimum ``L*``, and to what; nothing where no row knows ``L*``.
+
+        ``L(f(a)) - L*  =  [L(f(a)) - L(b*)]  +  [L(b*) - min_b L]  +  [min_b L - L*]``
+        ``total         =   amortization      +   solver            +   approximation``
+
+    * ``amortization``: against the reference solver's solution ``b*``: the gap;
+    * ``solver``: what that solver left on the table; ``min_b L``, the best value that any ``b`` has, is what the problem
+      declares as ``family_optimum``, or else what the same solver finds when it is run much longer from ``b*`` (then this
+      term is a lower bound, and what the long run missed counts as approximation);
+    * ``approximation``: what the best ``b`` lacks, because the family of solutions (mean-field Gaussians, splines of ten
+      knots) does not hold the true one. 0 where the problem's ``optimum`` is the minimum over ``b`` itself.
+
+    Each is the mean over the rows where all four values are finite, so they add up exactly, with the standard error of
+    that mean over the rows as ``*_stderr``. No term is cut off at 0: it can be negative within
+    rounding, and for a random objective within its noise. The split is that of Cremer, Li & Duvenaud (2018), with the
+    solver's own error set apart.
+    """
+    if rows.family is None or rows.optimum is None:
+        return {}
+    terms = {
+        "total": rows.network - rows.optimum,
+        "amortization": rows.gap,
+        "solver": rows.reference - rows.family,
+        "approximation": rows.family - rows.optimum,
+    }
+    finite = torch.stack([term.isfinite() for term in terms.values()]).all(0)
+    n = int(finite.sum())
+    if not n:
+        return {}
+    means = {name: term[finite].mean() for name, term in terms.items()}
+    errors = {
+        f"{name}_stderr": term[finite].std() / n**0.5 if n > 1 else means["total"].new_full((), torch.nan)
+        for name, term in terms.items()
+    }
+    return means | errors

@@ -69,7 +69,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         self.loss = loss if loss is not None else ObjectiveLoss()
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self._objective_mean = MeanMetric()
+        self._objective_mean, self._shifted_mean = MeanMetric(), MeanMetric()
         self._checked = False
 
     # ---- the problem
@@ -147,10 +147,10 @@ class AmortizedModule(LeanModule, abc.ABC):
             self.clip_gradients(optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm)
         optimizer.step()
 
-    def validation_step(self, a: Context, batch_idx: int) -> Tensor:
-        """The prediction, for callbacks to measure; its mean objective is logged."""
+    def validation_step(self, a: Context, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """The prediction, for callbacks to measure; its mean objective is logged, that of shifted contexts (1) apart."""
         b = self(a)
-        self._objective_mean.update(evaluate(self, b, a))
+        (self._shifted_mean if dataloader_idx else self._objective_mean).update(evaluate(self, b, a))
         return b
 
     test_step = validation_step
@@ -183,7 +183,10 @@ class AmortizedModule(LeanModule, abc.ABC):
     def _log_objective(self, split: str) -> None:
         if not self.trainer.sanity_checking:
             self.log(f"{split}/objective", self._objective_mean.compute(), prog_bar=True)
+            if self._shifted_mean.update_called:  # on every process, if on one
+                self.log(f"{split}/shifted/objective", self._shifted_mean.compute())
         self._objective_mean.reset()
+        self._shifted_mean.reset()
 
     def check(self, a: Context, updates: int = 1) -> None:
         """Check the network and the objective against their contracts on one batch; see :func:`check_objective`.

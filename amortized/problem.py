@@ -279,6 +279,18 @@ class Quadratic(Problem, Protocol):
         ...
 
 
+class Known(Problem, Protocol):
+    """A problem that declares its true minimum; what a prediction lacks can then be told apart: ``metrics.decomposition``.
+
+    If it also has a method ``family_optimum(a) -> (B,)``, that is ``min_b L(b; a)``, the best that any ``b`` attains. It lies
+    above ``optimum`` where solutions are approximations of a family (a mean-field Gaussian for a correlated posterior).
+    """
+
+    def optimum(self, a: Context) -> Tensor:
+        """``L*``, the true minimal value ``(B,)``; no ``b`` is below it."""
+        ...
+
+
 class FixedPoint(Protocol):
     """A map whose fixed point is sought; with an ``objective`` as well, solutions report it."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning import Trainer
 from runs import Run, metrics
-from toy import FiniteGaussians, Gaussians, Quadratic
+from toy import DeclaredMeanField, FiniteGaussians, Gaussians, MeanField, Precisions, Quadratic
 
 from amortized.callbacks import GapMonitor, measure_gap
 from amortized.metrics import AmortizationGap, GapRows, gap_statistics
@@ -96,6 +96,61 @@ def test_the_reference_is_the_better_of_cold_and_warm_and_says_when_cold_lost():
     assert float(found["converged"]) == 0.0
 
 
+def mean_field_rows(problem, steps, n=64):
+    a = Precisions(num_test=n).contexts("test")
+    with torch.no_grad():
+        b = problem(a)
+    return a, measure_gap(problem, a, b, GradientDescent(steps=steps, lr=0.1), torch.arange(n), decompose=True)[0]
+
+
+@pytest.mark.parametrize("problem", [MeanField, DeclaredMeanField])
+def test_decomposition_of_a_family_that_lacks_the_optimum(problem):
+    """Total = amortization + solver error + approximation; the last is known in closed form."""
+    a, measured = mean_field_rows(problem().eval(), steps=60)
+    found = {k.removeprefix("decomposition/"): float(v) for k, v in gap_statistics(measured).items()}
+    known = DeclaredMeanField().family_optimum(a).double()
+    assert found["total"] == pytest.approx(float(measured.network.mean()), rel=1e-6)
+    assert found["total"] == pytest.approx(found["amortization"] + found["solver"] + found["approximation"], rel=1e-12)
+    assert found["amortization"] == pytest.approx(found["mean"], rel=1e-12)
+    assert found["approximation"] == pytest.approx(float(known.mean()), abs=1e-3)
+    assert found["approximation_stderr"] == pytest.approx(float(known.std()) / 8, rel=0.01)
+    assert found["amortization_stderr"] == found["stderr"]
+
+
+def test_the_solvers_own_error_falls_with_its_steps_and_is_never_in_the_family():
+    errors = []
+    for steps in (1, 10, 100):
+        _, measured = mean_field_rows(DeclaredMeanField().eval(), steps)
+        found = gap_statistics(measured)
+        errors.append(float(found["decomposition/solver"]))
+        assert (measured.reference >= measured.family - 1e-5).all()
+    assert errors[0] > 5 * errors[1] > 25 * errors[2] >= -1e-5
+
+
+def test_no_decomposition_where_no_optimum_is_declared(monkeypatch):
+    problem = MeanField().eval()
+    monkeypatch.delattr(MeanField, "optimum")
+    assert not [name for name in gap_statistics(mean_field_rows(problem, 5)[1]) if name.startswith("decomposition")]
+
+
+def test_the_noise_of_a_random_objective_is_what_repeating_the_measurement_shows():
+    """With solutions that do not change from one measurement to the next: cold always the best."""
+    problem, n = Quadratic(noise=2.0).eval(), 200
+    a, off = torch.randn(2, n, 3, generator=torch.Generator().manual_seed(0))
+    b = 2 * a + 10 + off
+    problem.initial = lambda a: 2 * a
+    means, noise = [], []
+    for seed in range(0, 400, 4):
+        measured, _ = measure_gap(problem, a, b, LBFGS(steps=0), torch.arange(n), seed=seed)
+        found = gap_statistics(measured)
+        means.append(float(found["mean"]))
+        noise.append(float(found["noise"]))
+    assert np.mean(noise) == pytest.approx(np.std(means), rel=0.25)
+    assert np.mean(noise) < float(found["stderr"])
+    certain, _ = measure_gap(Quadratic().eval(), a, b, LBFGS(steps=5), torch.arange(n))
+    assert float(gap_statistics(certain)["noise"]) == 0
+
+
 def test_fit_validate_test_and_predict_in_one_process():
     module, data, monitor = Quadratic(), Gaussians(num_val=96, num_test=96), GapMonitor(LBFGS(steps=30), max_fraction=1)
     fit = trainer(monitor, max_steps=20, val_check_interval=10, check_val_every_n_epoch=None)
@@ -108,7 +163,30 @@ def test_fit_validate_test_and_predict_in_one_process():
         assert found[f"{split}/gap/total"] == 96
         assert found[f"{split}/gap/mean"] == pytest.approx(monitor.results["mean"], rel=1e-6)
         assert monitor.results["converged"] == 1.0
+        assert found[f"{split}/gap/decomposition/total"] == pytest.approx(monitor.results["mean"], abs=1e-5)
+        assert not any("shifted" in name for name in found)
     assert sum(len(batch["b"]) for batch in fit.predict(module, data)) == 96
+
+
+def test_shifted_contexts_are_measured_beside_the_others_and_do_not_change_them():
+    results = []
+    for shifted in (None, FiniteGaussians(num_eval=50, scale=3.0)):
+        torch.manual_seed(0)
+        data = FiniteGaussians(num_eval=70, eval_batch_size=32, shifted=shifted)
+        module, monitor = Quadratic(noise=0.3), GapMonitor(LBFGS(steps=30), max_fraction=1)
+        run = trainer(monitor, max_steps=4, val_check_interval=2, check_val_every_n_epoch=None)
+        run.fit(module, data)
+        assert "val/shifted/gap/mean" not in run.callback_metrics
+        results.append([getattr(run, command)(module, data, verbose=False)[0] for command in ("validate", "test")])
+        if shifted is None:
+            assert monitor.shifted == {}
+            assert len(monitor.shifted_table.gap) == 0
+    for split, alone, both in zip(("val", "test"), *results, strict=True):
+        assert alone == {name: value for name, value in both.items() if "shifted" not in name}
+        assert both[f"{split}/shifted/gap/total"] == 50
+        assert both[f"{split}/shifted/gap/mean"] > 3 * both[f"{split}/gap/mean"]
+        assert both[f"{split}/shifted/objective"] > both[f"{split}/objective"]
+        assert both[f"{split}/shifted/gap/decomposition/total"] > 0
 
 
 def test_contexts_of_a_test_do_not_move_the_random_numbers_of_training():
@@ -133,6 +211,10 @@ def test_processes_agree_to_1e_6(noise):
         f"--model.noise={noise}",
         "--model.batch_norm=true",
         "--data=toy.FiniteGaussians",
+        "--data.shifted=toy.FiniteGaussians",
+        "--data.shifted.scale=2",
+        "--data.shifted.num_eval=401",
+        "--trainer.callbacks=toy.SaveRows",
     ]
     args += ["--data.eval_batch_size=200", "--trainer.max_steps=12", "--trainer.val_check_interval=6"]
     args += [
@@ -155,29 +237,51 @@ def test_processes_agree_to_1e_6(noise):
             assert run.wait() == 0, run.output()
         found[processes] = json.loads(Path(f"test-{processes}/results.json").read_text())
         predicted[processes] = np.load(f"predict-{processes}/predictions.npz")
+    gap = {k: GapRows(*torch.load(f"test-{k}/rows.pt")).gap for k in (1, 2, 3)}
+    counts, edges = np.histogram(gap[1], bins=40)
+    assert counts.sum() == 833
     for processes in (2, 3):
-        for group in ("gap", "rows", "objective"):
-            for name, value in found[1][group].items():
-                assert found[processes][group][name] == pytest.approx(value, abs=1e-6), (processes, group, name)
+        assert np.array_equal(np.histogram(gap[processes], bins=edges)[0], counts)
+        groups = [(found[1][name], found[processes][name]) for name in ("gap", "rows", "objective", "decomposition")]
+        groups += [(group, found[processes]["shifted"][name]) for name, group in found[1]["shifted"].items()]
+        for one, several in groups:
+            assert one.keys() == several.keys()
+            for name, value in one.items():
+                assert several[name] == pytest.approx(value, abs=1e-6), (processes, name)
+        dealt = [int(Path(f"test-{processes}/dealt-{rank}").read_text()) for rank in range(processes)]
+        assert sum(dealt) == 833 + 401  # the work is shared, and nobody solves what another does
+        assert max(dealt) < 0.7 * sum(dealt)
         for key in predicted[1]:
             assert np.allclose(predicted[processes][key], predicted[1][key], atol=1e-6)
     assert found[1]["rows"]["total"] == 833
+    assert found[1]["shifted"]["rows"]["total"] == 401
     assert found[1]["gap"]["mean"] > 0.01
+    assert (found[1]["gap"]["noise"] > 0) == (noise > 0)
 
 
 def test_the_usual_pattern_is_wrong_on_the_same_contexts():
-    """A padding sampler and means of means: what the framework is there to prevent."""
-    from torch.utils.data import DistributedSampler
-
-    data = FiniteGaussians(num_eval=833)
-    values = data.contexts("test").square().sum(1)
-    exact = values.mean()
-    padded = []
-    for rank in range(3):
-        sampler = DistributedSampler(range(833), num_replicas=3, rank=rank, shuffle=False)
-        padded.append(values[torch.tensor(list(sampler))])
-    assert sum(map(len, padded)) == 834
-    assert abs(torch.stack([part.mean() for part in padded]).mean() - exact) > 1e-6
+    """A padding sampler and metrics averaged over processes, in a real run on 3 processes; and ours, one without rows."""
+    args = ["test", "--model=toy.Usual", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    args += ["--budget.enabled=false", "--trainer.callbacks=toy.SaveRows", "--data.eval_batch_size=500"]
+    three = ["--trainer.devices=3", "--trainer.strategy=ddp_fork"]
+    runs = {
+        "usual": ["--data=toy.UsualGaussians", "--trainer.use_distributed_sampler=true", *three],
+        "ours": ["--data=toy.FiniteGaussians", *three],
+        "exact": ["--data=toy.FiniteGaussians"],
+    }
+    found = {}
+    for name, settings in runs.items():
+        run = Run([*args[:2], *settings, *args[2:], f"--run_folder={name}"])
+        assert run.wait() == 0, run.output()
+        found[name] = json.loads(Path(f"{name}/results.json").read_text())
+    rows = GapRows(*torch.load("exact/rows.pt"))
+    exact = float((rows.network - 1).mean())  # the minimum is 1
+    usual = float(metrics("usual")[-1]["usual/gap"])
+    assert found["ours"]["gap"]["mean"] == pytest.approx(exact, abs=1e-6)
+    assert found["ours"]["rows"]["total"] == found["exact"]["rows"]["total"] == 833
+    assert [int(Path(f"ours/dealt-{rank}").read_text()) for rank in range(3)] == [500, 333, 0]
+    assert abs(usual - exact) > 1e-4
+    assert [int(Path(f"usual/dealt-{rank}").read_text()) for rank in range(3)] == [278, 278, 278]  # 834
 
 
 def test_metrics_file_has_the_curves(tmp_path):

@@ -70,7 +70,7 @@ budget: {contexts: 50, rivals: {LBFGS: {class_path: LBFGS, init_args: {steps: 60
 FRACTION, NUMBER, COUNT, NAME = "fraction", "number", "count", "name"
 SCHEMA = {
     "objective": {"network": NUMBER, "solver": NUMBER},
-    "gap": {"mean": NUMBER, "median": NUMBER, "p95": NUMBER, "relative": NUMBER, "stderr": NUMBER},
+    "gap": {"mean": NUMBER, "median": NUMBER, "p95": NUMBER, "relative": NUMBER, "stderr": NUMBER, "noise": NUMBER},
     "rows": {"total": COUNT, "converged": FRACTION, "diverged": FRACTION, "lost": FRACTION},
     "time": {
         "network": NUMBER,
@@ -235,7 +235,7 @@ def test_a_rival_that_never_reaches_the_network_says_so():
     summary = found.summary()
     assert summary["rows_never_reached"] == summary["rows_never_solved_cold"] == 1
     assert summary["equal_quality_ratio"] == summary["row_ratio_median"] == summary["evaluations_saved"] == math.inf
-    gap = dict.fromkeys(("network", "reference", "mean", "median", "p95", "relative", "stderr"), math.nan)
+    gap = dict.fromkeys(("network", "reference", "mean", "median", "p95", "relative", "stderr", "noise"), math.nan)
     gap |= {"total": 8.0, "converged": 0.0, "diverged": 1.0, "lost": 0.0}
     told = results(gap, found)
     check_schema(told)

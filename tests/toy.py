@@ -3,11 +3,13 @@
 from typing import NamedTuple
 
 import torch
+from lightning import Callback
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from amortized import AmortizedModule, ContextDataModule
+from amortized.callbacks import GapMonitor
 
 
 class Quadratic(AmortizedModule):
@@ -50,18 +52,87 @@ class Gaussians(ContextDataModule):
 
 
 class FiniteGaussians(ContextDataModule):
-    """A finite set: N training contexts, 833 (indivisible) for evaluation."""
+    """A finite set: N training contexts, 833 (indivisible) for evaluation, of standard deviation ``scale``."""
 
-    def __init__(self, dim: int = 3, num_train: int = 100, num_eval: int = 833, **kwargs):
+    def __init__(self, dim: int = 3, num_train: int = 100, num_eval: int = 833, scale: float = 1.0, **kwargs):
         super().__init__(**kwargs)
-        self.dim, self.sizes = dim, {"train": num_train, "val": num_eval, "test": num_eval}
+        self.dim, self.scale = dim, scale
+        self.sizes = {"train": num_train, "val": num_eval, "test": num_eval}
 
     def contexts(self, split):
         seed = ("train", "val", "test").index(split)
-        return torch.randn(self.sizes[split], self.dim, generator=torch.Generator().manual_seed(seed))
+        return self.scale * torch.randn(self.sizes[split], self.dim, generator=torch.Generator().manual_seed(seed))
 
     def augment(self, a, generator):
         return a + 0.01 * torch.randn(a.shape, generator=generator, device=generator.device)
+
+
+class MeanField(AmortizedModule):
+    """``KL(N(mu, diag(sigma^2)) | N(0, a^-1))`` over ``b = (mu, log sigma)``, for 2 x 2 precision matrices ``a``.
+
+    The true posterior has none, ``L* = 0``; the best of the family has ``1/2 log(a_11 a_22 / det a)``.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(4, 4)), **kwargs)
+
+    def objective(self, b, a):
+        mu, log_sigma = b.split(2, 1)
+        square = torch.einsum("bi,bij,bj->b", mu, a, mu)
+        trace = (a.diagonal(dim1=1, dim2=2) * (2 * log_sigma).exp()).sum(1)
+        return (trace + square - 2 - torch.logdet(a)) / 2 - log_sigma.sum(1)
+
+    def optimum(self, a):
+        return torch.zeros(len(a))
+
+
+class DeclaredMeanField(MeanField):
+    """The same, which declares the best of its family too."""
+
+    def family_optimum(self, a):
+        return (a.diagonal(dim1=1, dim2=2).log().sum(1) - torch.logdet(a)) / 2
+
+
+class Precisions(ContextDataModule):
+    """Correlated 2 x 2 precision matrices."""
+
+    def sample(self, n, generator):
+        half = torch.randn(n, 2, 2, generator=generator, device=generator.device)
+        return half @ half.mT + 0.3 * torch.eye(2, device=generator.device)
+
+
+class SaveRows(Callback):
+    """What the gap monitor has of each row, in ``rows.pt``; and how many contexts this process had, in ``dealt-RANK``."""
+
+    def on_test_start(self, trainer, pl_module):
+        self.dealt = 0
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.dealt += len(outputs)
+
+    def on_test_end(self, trainer, pl_module):
+        folder = trainer.default_root_dir
+        with open(f"{folder}/dealt-{trainer.global_rank}", "w") as file:
+            file.write(str(self.dealt))
+        if trainer.is_global_zero:
+            (monitor,) = (c for c in trainer.callbacks if isinstance(c, GapMonitor))
+            torch.save(tuple(monitor.table), f"{folder}/rows.pt")
+
+
+class Usual(Quadratic):
+    """Logs its gap, known exactly, in the usual way."""
+
+    def test_step(self, a, batch_idx, dataloader_idx=0):
+        b = super().test_step(a, batch_idx)
+        self.log("usual/gap", (self.objective(b, a) - self.optimum(a)).mean(), sync_dist=True)
+        return b
+
+
+class UsualGaussians(FiniteGaussians):
+    """The same contexts from the usual loader, in which Lightning puts its sampler."""
+
+    def test_dataloader(self):
+        return DataLoader(Items(self.contexts("test")), self.eval_batch_size)
 
 
 class Items(Dataset):

@@ -296,6 +296,7 @@ class BudgetMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self.enabled and batch_idx == 0 and trainer.is_global_zero and isinstance(pl_module, AmortizedModule):
+        first = batch_idx == dataloader_idx == 0
+        if self.enabled and first and trainer.is_global_zero and isinstance(pl_module, AmortizedModule):
             a = take(batch, slice(0, min(self.contexts, num_rows(batch))))
             self.budget = measure_budget(pl_module, a, self.rivals or default_rivals(LBFGS()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any, NamedTuple
 
@@ -11,17 +12,25 @@ from torch import Tensor
 
 from amortized.metrics import AmortizationGap, GapRows
 from amortized.module import AmortizedModule
-from amortized.problem import Context, concatenate, draws, evaluate, map_leaves, take
+from amortized.problem import Context, concatenate, draws, evaluate, is_random, map_leaves, take
 from amortized.solvers import LBFGS, Solution, Solver
+from amortized.solvers.base import tolerance
 
 
 def measure_gap(
-    problem: AmortizedModule, a: Context, b: Tensor, solver: Solver, index: Tensor, seed: int = 0
+    problem: AmortizedModule,
+    a: Context,
+    b: Tensor,
+    solver: Solver,
+    index: Tensor,
+    seed: int = 0,
+    decompose: bool = False,
 ) -> tuple[GapRows, Tensor]:
     """The gap of predictions ``b`` for contexts ``a``, and the reference solutions.
 
     The reference of a row is the better of two solver runs, one from ``problem.initial(a)``, one from ``b``. A random
-    objective is searched with fixed draws, chosen between on a second set, and evaluated, all sides alike, on a third.
+    objective is searched with fixed draws, chosen between on a second set, and evaluated, all sides alike, on a third, and
+    once more on a fourth, to say how much of the gap is noise.
 
     Args:
         problem: the module.
@@ -30,6 +39,8 @@ def measure_gap(
         solver: the inner loop.
         index: ``(B,)``, the rows' places in the whole set.
         seed: of the draws of a random objective.
+        decompose: also find the terms of :func:`~amortized.metrics.decomposition`, where the problem declares its
+            ``optimum``; unless it declares ``family_optimum`` too, that costs another solver run, :func:`longer`.
     """
     b = b.detach().to(torch.promote_types(b.dtype, torch.float32))
     runs: list[Solution] = []
@@ -45,6 +56,8 @@ def measure_gap(
     on_cold, on_warm = (values(run.b, seed + 1).nan_to_num(nan=torch.inf) for run in runs)
     use_warm = on_warm <= on_cold
     best = torch.where(use_warm.view(-1, *[1] * (b.ndim - 1)), warm.b, cold.b)
+    fresh = seed + 2**31  # far from the seeds of other batches, which are neighbours
+    random = len(b) > 0 and is_random(problem, b[:1], take(a, slice(0, 1)))
     rows = GapRows(
         index=index,
         network=values(b, seed + 2),
@@ -53,7 +66,29 @@ def measure_gap(
         converged=torch.where(use_warm, warm.converged, cold.converged),
         evaluations=cold.evaluations,
     )
+    unknown = torch.full_like(rows.network, torch.nan)
+    again = values(b, fresh) - values(best, fresh) if random else rows.gap
+    rows = rows._replace(again=again, family=unknown, optimum=unknown)
+    optimum, family_optimum = (getattr(problem, name, None) for name in ("optimum", "family_optimum"))
+    if decompose and optimum is not None:
+        if family_optimum is not None:
+            family = family_optimum(a).double()
+        else:
+            with draws(seed, b.device):
+                further = longer(solver, b.dtype).solve(problem, a, best).b
+            lower = values(further, seed + 1) <= values(best, seed + 1)
+            family = torch.where(lower, values(further, seed + 2), rows.reference)
+        rows = rows._replace(family=family, optimum=optimum(a).double())
     return rows, best
+
+
+def longer(solver: Solver, dtype: torch.dtype) -> Solver:
+    """A copy of a solver with ten times the steps and a hundredth of the tolerance, those inside it too."""
+    strong = copy.deepcopy(solver)
+    for part in strong.modules():
+        if isinstance(part, Solver):
+            part.steps, part.tol = 10 * part.steps, tolerance(part.tol, dtype) / 100
+    return strong
 
 
 class Cases(NamedTuple):
@@ -79,7 +114,9 @@ class GapMonitor(Callback):
 
     Every process solves the contexts that it was dealt; each context counts once. During training the monitor spends at most
     a fraction of the time, by measuring only as many of the first contexts as it can afford: ``val/gap/total`` says how many.
-    Outside training it measures all of them. At a test it keeps the contexts with the largest gap, of all processes.
+    Outside training it measures all of them, finds the terms of :func:`~amortized.metrics.decomposition` where the problem
+    declares its ``optimum``, and measures the same on the shifted contexts, where the data have some: ``test/shifted/gap/*``.
+    At a test it keeps the contexts with the largest gap, of all processes; not of the shifted ones.
 
     Args:
         solver: the inner loop to measure against; ``None``: L-BFGS.
@@ -92,8 +129,9 @@ class GapMonitor(Callback):
             raise ValueError(f"gap.max_fraction must be in [0, 1]; got {max_fraction}")
         self.solver = solver if solver is not None else LBFGS()
         self.max_fraction, self.keep_worst = max_fraction, keep_worst
-        self.metric = AmortizationGap()
+        self.metric, self.shifted_metric = AmortizationGap(), AmortizationGap()
         self.results: dict[str, float] = {}
+        self.shifted: dict[str, float] = {}
         self.example: tuple[Context, Tensor, Tensor] | None = None
         self.worst: Cases | None = None
         """After a test, on every process; the index of its rows is the context's place in the test set."""
@@ -106,6 +144,11 @@ class GapMonitor(Callback):
         """The rows of the last measurement, from all processes."""
         return self.metric.table
 
+    @property
+    def shifted_table(self) -> GapRows:
+        """The same of the shifted contexts; no rows where there are none."""
+        return self.shifted_metric.table
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, AmortizedModule):
             raise TypeError(f"GapMonitor measures an AmortizedModule; got {type(pl_module).__name__}")
@@ -114,9 +157,10 @@ class GapMonitor(Callback):
         self.seconds, self._started, self._seconds_per_row = 0.0, time.perf_counter(), None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.metric.to(pl_module.device).reset()
-        self.metric.update(GapRows(*torch.empty(len(GapRows._fields), 0, device=pl_module.device)))
-        self.example = self.worst = None
+        for metric in (self.metric, self.shifted_metric):
+            metric.to(pl_module.device).reset()
+            metric.update(GapRows(*torch.empty(len(GapRows._fields), 0, device=pl_module.device)))
+        self.example, self.worst, self.shifted = None, None, {}
 
     def on_validation_batch_end(
         self,
@@ -127,17 +171,26 @@ class GapMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        metric = self.shifted_metric if dataloader_idx else self.metric
         number = batch_idx * trainer.world_size + trainer.global_rank
         index = number * 2**20 + torch.arange(len(outputs), device=outputs.device)
         at = 0
         while at < len(outputs) and (n := self._affordable(trainer, len(outputs) - at)):
             started = time.perf_counter()
             a, b, at = take(batch, slice(at, at + n)), outputs[at : at + n], at + n
-            rows, best = measure_gap(pl_module, a, b, self.solver, index[at - n : at], seed=number)  # type: ignore[arg-type]
-            self.metric.update(rows)
-            if self.example is None:
+            rows, best = measure_gap(
+                pl_module,  # type: ignore[arg-type]
+                a,
+                b,
+                self.solver,
+                index[at - n : at],
+                seed=number,
+                decompose=trainer.state.fn != "fit",
+            )
+            metric.update(rows)
+            if self.example is None and not dataloader_idx:
                 self.example = (a, b.to(best.dtype), best)  # b may be of mixed precision
-            if trainer.testing and self.keep_worst:
+            if trainer.testing and self.keep_worst and not dataloader_idx:
                 cases = Cases(rows, a, b.to(best.dtype), best)
                 self.worst = worst_of(
                     cases if self.worst is None else concatenate([self.worst, cases]), self.keep_worst
@@ -158,10 +211,16 @@ class GapMonitor(Callback):
         return max(0, min(rows, int(left / self._seconds_per_row)))
 
     def _finish(self, module: LightningModule, split: str) -> None:
-        statistics = self.metric.compute()
-        if statistics["total"] > 0:
-            self.results = {name: float(value) for name, value in statistics.items()}
-            module.log_dict({f"{split}/gap/{name}": value.float() for name, value in statistics.items()})
+        for metric, name in ((self.metric, split), (self.shifted_metric, f"{split}/shifted")):
+            statistics = metric.compute()
+            if statistics["total"] == 0:
+                continue
+            found = {key: float(value) for key, value in statistics.items()}
+            if metric is self.metric:
+                self.results = found
+            else:
+                self.shifted = found
+            module.log_dict({f"{name}/gap/{key}": value.float() for key, value in statistics.items()})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(pl_module, "val")

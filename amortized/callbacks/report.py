@@ -35,12 +35,13 @@ NOT_MEASURED: dict[str, Any] = dict.fromkeys(
 """``time`` in ``results.json`` where there was no budget."""
 
 
-def results(gap: dict[str, float], budget: Budget | None) -> dict[str, Any]:
-    """The content of ``results.json``: four groups of numbers, each of which has all of its keys.
+def results(gap: dict[str, float], budget: Budget | None, shifted: dict[str, float] | None = None) -> dict[str, Any]:
+    """The content of ``results.json``: groups of numbers, each of which has all of its keys.
 
     ``objective``: ``network`` and ``solver``, the mean objectives, in the objective's unit.
 
-    ``gap``: ``mean``, ``median``, ``p95`` and ``stderr`` (of the mean) in the objective's unit; ``relative``, a fraction.
+    ``gap``: ``mean``, ``median``, ``p95`` and ``stderr`` (of the mean) in the objective's unit; ``relative``, a fraction;
+    ``noise``, the part of ``stderr`` that is due to the draws of a random objective.
 
     ``rows``: ``total``, a count; ``converged``, ``diverged`` and ``lost``, fractions of it, as in
     :class:`~amortized.metrics.AmortizationGap`.
@@ -57,18 +58,33 @@ def results(gap: dict[str, float], budget: Budget | None) -> dict[str, Any]:
     * ``evaluations_cold`` and ``evaluations_warm``: that it takes, median over rows; ``evaluations_saved``: their
       difference row by row, its median; ``rows_never_solved_cold`` and ``rows_never_solved_warm``: fractions of rows.
 
+    ``decomposition``, only where the problem declares its optimum: ``total``, ``amortization``, ``solver`` and
+    ``approximation``, each with ``*_stderr``, in the objective's unit: see :func:`~amortized.metrics.decomposition`.
+
+    ``shifted``, only where the data have shifted contexts: ``objective``, ``gap``, ``rows`` (and ``decomposition``) of those.
+
     What is not finite is ``null``: a mean without a finite row; a median that is infinite, as half of the rows never got there.
     """
-    found: dict[str, dict[str, Any]] = {
+    timed = NOT_MEASURED if budget is None else budget.summary()
+    found: dict[str, dict[str, Any]] = {**_measured(gap), "time": _finite(timed)}
+    return found | ({"shifted": _measured(shifted)} if shifted else {})
+
+
+def _measured(gap: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """The groups of ``results.json`` that one set of contexts has."""
+    groups = {
         "objective": {"network": gap["network"], "solver": gap["reference"]},
-        "gap": {name: gap[name] for name in ("mean", "median", "p95", "relative", "stderr")},
+        "gap": {name: gap[name] for name in ("mean", "median", "p95", "relative", "stderr", "noise")},
         "rows": {"total": int(gap["total"]), **{name: gap[name] for name in ("converged", "diverged", "lost")}},
-        "time": NOT_MEASURED if budget is None else budget.summary(),
+        "decomposition": {
+            k.removeprefix("decomposition/"): v for k, v in gap.items() if k.startswith("decomposition/")
+        },
     }
-    return {
-        group: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        for group, values in found.items()
-    }
+    return {name: _finite(group) for name, group in groups.items() if group}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
@@ -85,6 +101,28 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
         ("rows diverged", f"{r['diverged']:.1%}"),
         ("rows where the cold solver lost to the network", f"{r['lost']:.1%}"),
     ]
+    if g["noise"]:
+        rows.insert(3, ("                  of that error, noise of the draws", _number(g["noise"])))
+    if d := found.get("decomposition"):
+        rows += [
+            (label, f"{_number(d[term])} ± {_number(d[f'{term}_stderr'])}")
+            for label, term in (
+                ("above the true minimum, in all", "total"),
+                ("    = amortization", "amortization"),
+                ("    + the solver's own error", "solver"),
+                ("    + approximation, of the family of solutions", "approximation"),
+            )
+        ]
+    if s := found.get("shifted"):
+        o, g, counts = (s[group] for group in ("objective", "gap", "rows"))
+        rows += [
+            (f"on {counts['total']} shifted contexts: {objective}, network", _number(o["network"])),
+            ("    amortization gap, mean ± standard error", f"{_number(g['mean'])} ± {_number(g['stderr'])}"),
+            (
+                "    rows converged, diverged, lost",
+                " ".join(f"{counts[k]:.1%}" for k in ("converged", "diverged", "lost")),
+            ),
+        ]
     if t["network"] is not None:
         reached, space = t["equal_quality_ratio"], " " * 24
         median, p95 = (_ratio(t[key]) for key in ("row_ratio_median", "row_ratio_p95"))
@@ -198,7 +236,7 @@ class Report(Callback):
             return
         directory = Path(trainer.default_root_dir)
         budget = self.budget.budget if self.budget is not None else None
-        found = results(self.gap.results, budget)
+        found = results(self.gap.results, budget, self.gap.shifted)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "results.json").write_text(json.dumps(found, indent=2) + "\n")
         for logger in trainer.loggers:

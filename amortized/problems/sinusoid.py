@@ -97,21 +97,25 @@ class Sinusoid(AmortizedModule):
 
 
 class SinusoidContexts(ContextDataModule):
-    """Tasks ``y = A sin(x - phi)`` without end: A uniform on [0.1, 5], phi on [0, pi], all x on [-5, 5]; no noise.
+    """Tasks ``y = A sin(x - phi)`` without end: A uniform on ``amplitude``, phi on [0, pi], all x on [-5, 5]; no noise.
 
     Args:
+        amplitude: the least and the greatest A.
         shots: points in the support set.
         queries: points in the query set.
         **kwargs: see :class:`~amortized.ContextDataModule`.
     """
 
-    def __init__(self, shots: int = 10, queries: int = 10, **kwargs: Any) -> None:
+    def __init__(
+        self, shots: int = 10, queries: int = 10, amplitude: tuple[float, float] = (0.1, 5.0), **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.shots, self.queries = shots, queries
+        self.shots, self.queries, self.amplitude = shots, queries, amplitude
 
     def sample(self, n: int, generator: torch.Generator) -> Task:
         u = torch.rand(n, 2 + self.shots + self.queries, generator=generator, device=generator.device)
-        amplitude, phase, x = 0.1 + 4.9 * u[:, :1], math.pi * u[:, 1:2], 10 * u[:, 2:] - 5
+        least, greatest = self.amplitude
+        amplitude, phase, x = least + (greatest - least) * u[:, :1], math.pi * u[:, 1:2], 10 * u[:, 2:] - 5
         y = amplitude * torch.sin(x - phase)
         sizes = [self.shots, self.queries]
         (support_x, query_x), (support_y, query_y) = x.split(sizes, 1), y.split(sizes, 1)
