@@ -12,9 +12,10 @@ Weights ``(N p_i)^(focus - 1)`` give up some of that: the expected gradient is t
 
     ``mean_i (N p_i)^focus loss_i``,     ``p`` held fixed,
 
-unbiased for ``focus = 0`` and for no other value; with 1 the rows drawn are not weighted at all. That gradient needs no
-draw: with ``pool = 1`` every row is trained on, with the weight ``(N p_i)^focus``, and the score is the loss that
-training computes anyway.
+unbiased for ``focus = 0`` and for no other value; with 1 the rows drawn are not weighted at all. Where the score is the
+loss and ``mix`` is small, that is the direction of the gradient of ``mean_i loss_i^(1 + focus)``: a higher norm of the
+gap, ruled by its tail. It needs no draw: with ``pool = 1`` every row is trained on, with the weight ``(N p_i)^focus``,
+and its score is the loss that training computes anyway.
 
 Nothing is remembered from step to step: scores are those of the present weights, and the draw comes from torch's
 generator, which starts anew at every training step. So a resumed run, and any number of processes, need nothing more.
