@@ -1,6 +1,7 @@
 """Amortized optimization in PyTorch Lightning, with the amortization gap measured honestly."""
 
 from amortized.contexts import ContextDataModule
+from amortized.hard_contexts import HardContexts
 from amortized.losses import IterateLoss, Loss, ObjectiveLoss, RegressionLoss
 from amortized.metrics import AmortizationGap
 from amortized.module import AmortizedModule
@@ -10,6 +11,7 @@ __all__ = [
     "AmortizationGap",
     "AmortizedModule",
     "ContextDataModule",
+    "HardContexts",
     "IterateLoss",
     "Loss",
     "ObjectiveLoss",
