@@ -113,8 +113,7 @@ def test_told_to_stop_saves_once_and_resumes_exactly(number, code, group, proces
     args[args.index("--checkpoint.every_n_steps=7")] = "--checkpoint.every_n_steps=1000"
     whole = Run([*args, "--run_folder=whole"], log="whole.txt")
     stopped = Run([*args, "--run_folder=stopped", f"--trainer.max_steps={STEPS}"])
-    stopped.wait_for(lambda: Path("stopped/config.yaml").exists())
-    time.sleep(0.7 * processes)
+    stopped.wait_for(lambda: Path("stopped/checkpoints/best.ckpt").exists())  # the first validation is over
     stopped.signal(number, group)
     told = time.monotonic()
     assert stopped.wait() == code, stopped.output()
@@ -134,8 +133,8 @@ def test_told_to_stop_in_a_validation(tmp_path):
     whole = Run([*args, "--run_folder=whole"])
     assert whole.wait() == 0, whole.output()
     stopped = Run([*args, "--run_folder=stopped"])
-    stopped.wait_for(lambda: Path("stopped/metrics.csv").exists() or Path("stopped/config.yaml").exists())
-    time.sleep(0.8)  # 40 steps take less, the validation takes longer
+    stopped.wait_for(lambda: Path("stopped/checkpoints/best.ckpt").exists())
+    time.sleep(0.4)  # the 40 steps to the second validation take less, the validation takes longer
     stopped.signal(signal.SIGTERM)
     assert stopped.wait(10) == 143, stopped.output()
     resumed = Run([*args, "--run_folder=stopped", "--ckpt_path=stopped"])

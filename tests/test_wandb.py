@@ -22,6 +22,7 @@ FIT = [
     "--data.num_val=64",
     "--data.num_test=64",
     "--gap.solver=LBFGS",
+    "--gap.max_fraction=1",
 ]
 FIT += ["--budget.contexts=8", '--budget.rivals={"Adam": {"class_path": "Adam", "init_args": {"steps": 20}}}']
 FIT += [f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=20", "--trainer.check_val_every_n_epoch=null"]
