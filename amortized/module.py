@@ -130,16 +130,17 @@ class AmortizedModule(LeanModule, abc.ABC):
         *earlier, a = batch if isinstance(batch, list) else [batch]
         if not self._checked:
             self.check(a, updates=len(earlier) + 1)
-        for contexts in earlier:
-            self._update(contexts)
+        if earlier:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, torch.optim.Optimizer)
+            for contexts in earlier:
+                self._update(contexts, optimizer)
         loss = self.amortized_step(a).mean()
         if self.trainer._logger_connector.should_update_logs:  # logging costs more than a small network's step
             self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
 
-    def _update(self, a: Context) -> None:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
+    def _update(self, a: Context, optimizer: torch.optim.Optimizer) -> None:
         loss = self.amortized_step(a).mean()
         optimizer.zero_grad()  # first: the gradients of the last step are still there
         loss.backward()
