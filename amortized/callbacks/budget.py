@@ -120,7 +120,10 @@ class Budget(NamedTuple):
 
     def summary(self) -> dict[str, Any]:
         """The numbers of ``results.json``, as :func:`~amortized.callbacks.report.results` explains them."""
-        never = lambda x: float(x.isinf().double().mean())  # noqa: E731
+
+        def never(x: Tensor) -> float:
+            return float(x.isinf().double().mean())
+
         rows = self.row_ratios
         cold, warm = (self.needed(_named(curves, self.warm_rival)) for curves in (self.cold, self.warm))
         return {
