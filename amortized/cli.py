@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import jsonargparse
 import torch
 import yaml
 from lightning import Trainer
@@ -45,6 +46,24 @@ from amortized.losses import Loss
 from amortized.module import AmortizedModule
 from amortized.problem import ProblemError
 from amortized.solvers import Solver
+
+_resolve = jsonargparse._typehints.resolve_class_path_by_name
+
+
+def ours_first(base: Any, name: str) -> str:
+    """The class that a short name in a recipe means: the project's own, where a library has one of that name too (zuko's MLP)."""
+    try:
+        path: str = _resolve(base, name)
+    except ValueError:
+        paths = jsonargparse._typehints.get_all_subclass_paths(base)
+        ours = [path for path in paths if path.startswith("amortized.") and path.endswith(f".{name}")]
+        if len(ours) != 1:
+            raise
+        path = ours[0]
+    return path
+
+
+jsonargparse._typehints.resolve_class_path_by_name = ours_first  # type: ignore[assignment]
 
 RUN = "AMORTIZED_RUN_FOLDER"
 """Environment variable by which processes that a run launches find its folder."""
@@ -380,7 +399,8 @@ class AmortizedCLI(LightningCLI):
 
 def _evaluated(model: dict[str, Any]) -> dict[str, Any]:
     """The settings of a model that matter once it is trained."""
-    init = {k: v for k, v in model["init_args"].items() if k not in ("optimizer", "scheduler", "loss")}
+    free = jsonargparse._util.import_object(model["class_path"]).free_settings
+    init = {name: value for name, value in model["init_args"].items() if name not in free}
     return {**model, "init_args": init}
 
 

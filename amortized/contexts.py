@@ -138,6 +138,11 @@ class ContextDataModule(LightningDataModule):
         """How many batches a finite split has for evaluation."""
         return -(-_size(self._set(split)) // self.eval_batch_size)
 
+    def names(self, split: str, number: int) -> list[str]:
+        """What the contexts of an evaluation batch are called, where their predictions are written as files."""
+        first = number * self.eval_batch_size
+        return [f"{row:06d}" for row in range(first, min(first + self.eval_batch_size, _size(self._set(split))))]
+
     def _generator(self, split: str, number: int, device: torch.device | str = "cpu") -> torch.Generator:
         return torch.Generator(device).manual_seed(stream_seed(self.seed, split, number))
 

@@ -33,6 +33,16 @@ class ObjectiveLoss(Loss):
         return model.objective(model.iterates(a)[-1], a)
 
 
+class LogObjectiveLoss(Loss):
+    """``log L(f(a); a)``, for a positive objective: a context counts by what its prediction lacks relatively.
+
+    Where some contexts have far larger values than others, the mean objective is theirs alone.
+    """
+
+    def __call__(self, model: Predictor, a: Context) -> Tensor:
+        return model.objective(model.iterates(a)[-1], a).log()
+
+
 class IterateLoss(Loss):
     r"""``sum_t decay^(T-t) L(b_t; a)`` over the prediction and its refinements ``b_0, ..., b_T``, weights summing to one.
 

@@ -12,6 +12,7 @@ so that one forward pass solves a problem. To state a new problem, subclass :cla
 from __future__ import annotations
 
 import abc
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +78,9 @@ class AmortizedModule(LeanModule, abc.ABC):
     objective_name = "objective"
     """What the objective is called, with its unit, in tables and pictures."""
 
+    free_settings: tuple[str, ...] = ("optimizer", "scheduler", "loss")
+    """Settings that say how a model is trained or measured, not what it is: a trained one may be tested with others."""
+
     @abc.abstractmethod
     def objective(self, b: Tensor, a: Context) -> Tensor:
         """``L(b; a)``, shape ``(B,)``; row i depends on row i of ``b`` and ``a`` alone. All that a problem must write."""
@@ -97,6 +101,13 @@ class AmortizedModule(LeanModule, abc.ABC):
     def draw(self, a: Context, solutions: dict[str, Tensor]) -> Figure | None:
         """A picture of a few contexts and their solutions by ``"network"`` and ``"solver"``; ``None`` draws nothing."""
         return None
+
+    def save(self, decoded: Any, paths: list[Path]) -> list[Path]:
+        """Write decoded predictions as files of the problem's own kind, one for each row, and say which.
+
+        ``paths`` have no suffix. By default none are written, and ``predict`` puts all of them in one ``predictions.npz``.
+        """
+        return []
 
     # ---- the model
 
@@ -160,6 +171,13 @@ class AmortizedModule(LeanModule, abc.ABC):
         """The prediction, its objective and the decoded solution."""
         b = self(a)
         return {"b": b, "objective": evaluate(self, b, a), "decoded": self.decode(b, a)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the loss has learned matters to training alone: a test may have another loss."""
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            weights, own = checkpoint["state_dict"], self.state_dict()
+            kept = {key: value for key, value in weights.items() if not key.startswith("loss.")}
+            checkpoint["state_dict"] = kept | {key: value for key, value in own.items() if key.startswith("loss.")}
 
     def on_validation_start(self) -> None:
         self._synchronise_buffers(False)

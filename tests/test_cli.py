@@ -109,8 +109,8 @@ WRONG = [
     (["train"], "invalid choice: 'train'"),
     (["fit", "-c", "vae_digits", "--model=VEA"], "model: there is no class 'VEA' (did you mean VAE"),
     (["fit", "-c", "vae_digits", "--gap.solver=LBGFS"], "gap.solver: there is no class 'LBGFS' (did you mean LBFGS"),
-    (["fit", "-c", "vae_digits", "--model.latnt=3"], "Option 'latnt' is not accepted (did you mean latent"),
-    (["fit", "-c", "vae_digits", "--model.latent=abc"], "model: latent: Expected a <class 'int'>. Got value: abc"),
+    (["fit", "-c", "vae_digits", "--model.smples=3"], "Option 'smples' is not accepted (did you mean samples"),
+    (["fit", "-c", "vae_digits", "--model.samples=abc"], "model: samples: Expected a <class 'int'>. Got value: abc"),
     (["fit", "-c", "vae_digits", "--trainer.no_such=3"], "no_such"),
     (
         ["fit", "-c", "vae_digits", *FAST, "--model.encoder.init_args.in_features=63"],
@@ -118,7 +118,7 @@ WRONG = [
     ),
     (
         ["fit", "-c", "vae_digits", *FAST, "--model.decoder.init_args.in_features=7"],
-        "VAE.objective fails on b of shape (128, 2, 8)",
+        "VAE.objective fails on b of shape (128, 16)",
     ),
     (["fit", *TOY, "--data.batch_size=0"], "data.batch_size must be at least 1; got 0"),
     (["test", *TOY, "--ckpt_path=none.ckpt"], "no such checkpoint: none.ckpt"),
@@ -159,3 +159,13 @@ def test_every_recipe_parses(capsys):
         with pytest.raises(SystemExit) as stop:
             main(["fit", "-c", name, "--print_config"])
         assert stop.value.code in (0, None)
+
+
+def test_a_short_name_means_the_project_s_own_class(capsys):
+    import zuko  # has an MLP as well
+
+    assert zuko.nn.MLP
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "-c", "vae_digits", "--model.posterior=Flow", "--model.posterior.latent=4", "--print_config"])
+    assert not end.value.code
+    assert "class_path: amortized.networks.MLP" in capsys.readouterr().out

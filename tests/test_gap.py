@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from runs import Run, metrics
 from toy import DeclaredMeanField, FiniteGaussians, Gaussians, MeanField, Precisions, Quadratic
 
@@ -322,6 +322,20 @@ def test_the_monitor_keeps_to_its_fraction_and_says_how_many_it_measured():
     assert measured
     assert max(measured) < 2048
     assert float(metrics("run")[-1]["test/gap/total"]) == 64
+
+
+def test_begins_with_one_context_where_the_cost_is_unknown():
+    seen = []
+
+    class Totals(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                seen.append(float(trainer.callback_metrics["val/gap/total"]))
+
+    monitor = GapMonitor(GradientDescent(steps=500, tol=0, lr=1e-5))  # takes far longer than 5 % of two steps
+    settings = {"max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    trainer(monitor, Totals(), **settings).fit(Quadratic(), Gaussians(num_val=4096, eval_batch_size=4096))
+    assert seen == [1]
 
 
 def test_max_fraction_holds():

@@ -3,7 +3,7 @@ import torch
 from toy import Pair, Quadratic
 
 from amortized import IterateLoss, ObjectiveLoss, ProblemError, RegressionLoss
-from amortized.losses import row_hashes
+from amortized.losses import LogObjectiveLoss, row_hashes
 from amortized.problem import num_rows
 from amortized.solvers import LBFGS, GradientDescent, Solver
 
@@ -26,6 +26,12 @@ def _start_counting():
 def test_objective_loss_is_the_objective_of_the_prediction():
     model, a = Quadratic(), torch.randn(6, 3)
     assert torch.equal(ObjectiveLoss()(model, a), model.objective(model(a), a))
+
+
+def test_log_objective_loss_is_its_logarithm():
+    model, a = Quadratic(), torch.randn(6, 3)
+    value = model.objective(model(a), a)
+    torch.testing.assert_close(LogObjectiveLoss()(model, a), value.log())
 
 
 def test_iterate_loss_weighs_the_iterates():

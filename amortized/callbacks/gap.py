@@ -137,7 +137,9 @@ class GapMonitor(Callback):
         """After a test, on every process; the index of its rows is the context's place in the test set."""
         self.seconds = 0.0
         self._started = 0.0
-        self._seconds_per_row: float | None = None
+        self._seconds_for: dict[int, float] = {}
+        """The longest that so many rows took."""
+        self._least = 1
 
     @property
     def table(self) -> GapRows:
@@ -154,13 +156,13 @@ class GapMonitor(Callback):
             raise TypeError(f"GapMonitor measures an AmortizedModule; got {type(pl_module).__name__}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seconds, self._started, self._seconds_per_row = 0.0, time.perf_counter(), None
+        self.seconds, self._started, self._seconds_for = 0.0, time.perf_counter(), {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for metric in (self.metric, self.shifted_metric):
             metric.to(pl_module.device).reset()
             metric.update(GapRows(*torch.empty(len(GapRows._fields), 0, device=pl_module.device)))
-        self.example, self.worst, self.shifted = None, None, {}
+        self.example, self.worst, self.shifted, self._least = None, None, {}, 1
 
     def on_validation_batch_end(
         self,
@@ -197,18 +199,24 @@ class GapMonitor(Callback):
                 )
             spent = time.perf_counter() - started
             self.seconds += spent
-            self._seconds_per_row = min(spent / n, self._seconds_per_row or spent / n)
+            self._seconds_for[n], self._least = max(spent, self._seconds_for.get(n, 0.0)), n
 
     def _affordable(self, trainer: Trainer, rows: int) -> int:
-        """How many of so many further rows to measure now: all outside training; a few, if it is not known what a row costs."""
+        """How many of so many further rows to measure now: all outside training; one, if it is not known what a row costs.
+
+        Rows are solved together until the slowest has ended. So n rows take no longer than more, nor n / k times k of them; but
+        a few, without a slow one among them, may have been quick by luck: within a validation each part is as large as the last,
+        and half as much again must be left as a part is expected to take.
+        """
         if trainer.sanity_checking:
             return 0
         if trainer.state.fn != "fit" or self.max_fraction == 1:
             return rows
         left = self.max_fraction * (time.perf_counter() - self._started) - self.seconds
-        if self._seconds_per_row is None:
-            return min(rows, 8) if left > 0 else 0
-        return max(0, min(rows, int(left / self._seconds_per_row)))
+        if not self._seconds_for:
+            return 1 if left > 0 else 0
+        sizes = (rows, *(n for k in reversed(range((rows - 1).bit_length())) if (n := 2**k) >= self._least))
+        return next((n for n in sizes if min(s * max(1, n / k) for k, s in self._seconds_for.items()) <= left / 1.5), 0)
 
     def _finish(self, module: LightningModule, split: str) -> None:
         for metric, name in ((self.metric, split), (self.shifted_metric, f"{split}/shifted")):
@@ -223,7 +231,9 @@ class GapMonitor(Callback):
             module.log_dict({f"{name}/gap/{key}": value.float() for key, value in statistics.items()})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        started = time.perf_counter()
         self._finish(pl_module, "val")
+        self.seconds += time.perf_counter() - started
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(pl_module, "test")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributions import Distribution
+
+from amortized.module import AmortizedModule
 
 
 def arrays(decoded: Any, name: str = "decoded") -> dict[str, np.ndarray]:
@@ -35,7 +38,9 @@ def arrays(decoded: Any, name: str = "decoded") -> dict[str, np.ndarray]:
 class PredictionWriter(Callback):
     """Writes ``predictions.npz`` into the run's folder: ``b``, ``objective`` and what ``decode`` gives.
 
-    A row for each context, in the order of the contexts, whatever the number of processes.
+    A row for each context, in the order of the contexts, whatever the number of processes. A module that writes files of
+    its own (:meth:`~amortized.AmortizedModule.save`) does so batch by batch, into ``predictions/``; nothing of a batch is kept
+    but the names of the files and their objectives, in ``predictions.csv``.
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,9 +55,19 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        assert isinstance(pl_module, AmortizedModule)
         number = batch_idx * trainer.world_size + trainer.global_rank
-        parts = {**arrays(outputs["b"], "b"), **arrays(outputs["objective"], "objective"), **arrays(outputs["decoded"])}
-        self._batches.append((number, parts))
+        if type(pl_module).save is AmortizedModule.save:
+            parts = {**arrays(outputs["b"], "b"), **arrays(outputs["objective"], "objective")}
+            self._batches.append((number, parts | arrays(outputs["decoded"])))
+            return
+        names = trainer.datamodule.names("predict", number)  # type: ignore[attr-defined]
+        folder = Path(trainer.default_root_dir) / "predictions"
+        folder.mkdir(parents=True, exist_ok=True)
+        files = pl_module.save(outputs["decoded"], [folder / name for name in names])
+        self._batches.append(
+            (number, {"file": np.array([file.name for file in files]), **arrays(outputs["objective"], "objective")})
+        )
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = self._batches
@@ -63,8 +78,17 @@ class PredictionWriter(Callback):
         if not trainer.is_global_zero:
             return
         batches.sort(key=lambda batch: batch[0])
-        path = Path(trainer.default_root_dir) / "predictions.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
         columns: dict[str, Any] = {key: np.concatenate([parts[key] for _, parts in batches]) for key in batches[0][1]}
+        count = len(columns["objective"])
+        if "file" in columns:
+            with (folder / "predictions.csv").open("w", newline="") as table:
+                writer = csv.writer(table)
+                writer.writerow(columns)
+                writer.writerows(zip(*columns.values(), strict=True))
+            print(f"{count} predictions written into {folder / 'predictions'}")
+            return
+        path = folder / "predictions.npz"
         np.savez(path, **columns)
-        print(f"{sum(len(parts['b']) for _, parts in batches)} solutions written to {path}")
+        print(f"{count} solutions written to {path}")

@@ -100,22 +100,31 @@ class SinusoidContexts(ContextDataModule):
     """Tasks ``y = A sin(x - phi)`` without end: A uniform on ``amplitude``, phi on [0, pi], all x on [-5, 5]; no noise.
 
     Args:
-        amplitude: the least and the greatest A.
         shots: points in the support set.
         queries: points in the query set.
+        amplitude: the least and the greatest A.
+        log_uniform: log A is uniform, not A: every scale as likely as any other (Jeffreys' prior of a scale).
         **kwargs: see :class:`~amortized.ContextDataModule`.
     """
 
     def __init__(
-        self, shots: int = 10, queries: int = 10, amplitude: tuple[float, float] = (0.1, 5.0), **kwargs: Any
+        self,
+        shots: int = 10,
+        queries: int = 10,
+        amplitude: tuple[float, float] = (0.1, 5.0),
+        log_uniform: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.shots, self.queries, self.amplitude = shots, queries, amplitude
+        self.shots, self.queries, self.amplitude, self.log_uniform = shots, queries, amplitude, log_uniform
 
     def sample(self, n: int, generator: torch.Generator) -> Task:
         u = torch.rand(n, 2 + self.shots + self.queries, generator=generator, device=generator.device)
         least, greatest = self.amplitude
-        amplitude, phase, x = least + (greatest - least) * u[:, :1], math.pi * u[:, 1:2], 10 * u[:, 2:] - 5
+        amplitude = (
+            least * (greatest / least) ** u[:, :1] if self.log_uniform else least + (greatest - least) * u[:, :1]
+        )
+        phase, x = math.pi * u[:, 1:2], 10 * u[:, 2:] - 5
         y = amplitude * torch.sin(x - phase)
         sizes = [self.shots, self.queries]
         (support_x, query_x), (support_y, query_y) = x.split(sizes, 1), y.split(sizes, 1)
