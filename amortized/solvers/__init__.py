@@ -16,10 +16,11 @@ few unknowns, twice differentiable            :class:`Newton`
 ``update``: a fixed point                     :class:`Anderson`
 ============================================  =====================================================================
 
-To refine a prediction inside ``forward``: :class:`GradientDescent`, :class:`Adam`, :class:`FISTA`, :class:`Anderson`,
-or the quasi-Newton solvers. For a single problem (B = 1) use :class:`amortized.solvers.outside.SciPy`: a round costs
-mostly the dispatch of its operations, which only many rows pay back. On many rows that are alike and well conditioned,
-one ``torch.optim.LBFGS`` on the sum of their objectives can be as fast; it does not say which rows converged.
+To refine a prediction inside ``forward``: :class:`LearnedUpdate`, :class:`GradientDescent`, :class:`Adam`,
+:class:`FISTA`, :class:`Anderson`, or the quasi-Newton solvers. For a single problem (B = 1) use
+:class:`amortized.solvers.outside.SciPy`: a round costs mostly the dispatch of its operations, which only many rows pay
+back. On many rows that are alike and well conditioned, one ``torch.optim.LBFGS`` on the sum of their objectives can be
+as fast; it does not say which rows converged.
 """
 
 from amortized.solvers.adam import Adam
@@ -33,6 +34,7 @@ from amortized.solvers.fixed_point import Anderson
 from amortized.solvers.gauss_newton import GaussNewton
 from amortized.solvers.gradient_descent import GradientDescent
 from amortized.solvers.lbfgs import LBFGS
+from amortized.solvers.learned_update import LearnedUpdate
 from amortized.solvers.multistart import Exploration, MultiStart
 from amortized.solvers.newton import Newton
 from amortized.solvers.projected_gradient import ProjectedGradient
@@ -51,6 +53,7 @@ __all__ = [
     "GaussNewton",
     "GradientDescent",
     "GradientSolver",
+    "LearnedUpdate",
     "MultiStart",
     "Newton",
     "ProjectedGradient",
