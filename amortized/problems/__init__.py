@@ -1,17 +1,26 @@
 """The use cases, one file each: a problem and its contexts, read together."""
 
 from amortized.problems.classification import Classification, LabelledDigits
+from amortized.problems.images import Images
+from amortized.problems.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.sinusoid import Sinusoid, SinusoidContexts
 from amortized.problems.sphere import Sphere, SphereContexts
-from amortized.problems.vae import VAE, BinaryDigits
+from amortized.problems.style import StylePair, StylePairs, StyleTransfer
+from amortized.problems.vae import VAE, GeneratedImages
 
 __all__ = [
     "VAE",
-    "BinaryDigits",
     "Classification",
+    "GeneratedImages",
+    "Images",
     "LabelledDigits",
+    "LinearGaussian",
+    "LinearGaussianContexts",
     "Sinusoid",
     "SinusoidContexts",
     "Sphere",
     "SphereContexts",
+    "StylePair",
+    "StylePairs",
+    "StyleTransfer",
 ]
