@@ -399,8 +399,6 @@ class GradientSolver(RowSolver):
             objective that cannot be traced stays as it is, with a warning.
     """
 
-    fuses: bool = True
-    """Whether the solver's own part gains from compilation too; otherwise only the evaluation is compiled."""
     recovers: bool = False
     """Whether the solver itself steps back from a value that is not finite. Otherwise such a row has diverged."""
 
@@ -433,7 +431,7 @@ class GradientSolver(RowSolver):
         check_value(value, b)
         at, grad = self._flat(b), self._flat(grad)
         rows = self.enter(at, value, self.dot(grad, grad).sqrt(), self.init(at, value, grad))
-        if self.compiled and self.fuses:
+        if self.compiled:
             # Fresh rows share memory in places, which would compile anew; with a copy they look like all others.
             rows = map_leaves(lambda x: x.clone(memory_format=torch.contiguous_format), rows)
             for x in leaves(rows):
@@ -452,8 +450,12 @@ class GradientSolver(RowSolver):
         return compiled_rounds(self, problem, a, rows, shape)
 
     def between(self, rows: Rows) -> int:
-        """Rounds until the next look: two where they are compiled, as leaving the compiled code costs something."""
-        return max(super().between(rows), 2 if self.compiled else 1)
+        """Rounds until the next look: more than one where they are compiled, as leaving the compiled code costs something."""
+        return max(super().between(rows), (4 if self.tiny(rows) else 2) if self.compiled else 1)
+
+    def tiny(self, rows: Rows) -> bool:
+        """Whether a row has so few numbers that a compiler unrolls every sum over them: rounds become one loop over rows."""
+        return rows.b.shape[self.across] <= 8
 
     def tell(self, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
         """What one evaluation means for each row: its best so far, its status, and its next point."""
@@ -493,24 +495,31 @@ class GradientSolver(RowSolver):
 
 @functools.cache
 def _compiler() -> tuple[Any, Any, Any]:
-    """An evaluation, what follows from it, and both in one: to be compiled on first use."""
-
-    def evaluate(problem: Problem, b: Tensor, a: Context) -> tuple[Tensor, Tensor]:
-        def total(b: Tensor) -> tuple[Tensor, Tensor]:
-            value = problem.objective(b, a)
-            return value.sum(), value
-
-        grad, value = torch.func.grad(total, has_aux=True)(b)
-        return value, grad
+    """What follows from an evaluation, a round, and all rounds between two looks as one: to be compiled on first use."""
 
     def tell(solver: GradientSolver, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
         return solver.tell(rows, value, grad)
 
-    def both(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: tuple[int, ...]) -> Rows:
-        value, grad = evaluate(problem, solver._shaped(rows.state.b, shape), a)
+    def one(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: tuple[int, ...]) -> Rows:
+        def total(b: Tensor) -> tuple[Tensor, Tensor]:
+            value = problem.objective(b, a)
+            return value.sum(), value
+
+        grad, value = torch.func.grad(total, has_aux=True)(solver._shaped(rows.state.b, shape))
         return solver.tell(rows, value, solver._flat(grad))
 
-    return tuple(torch.compile(f, fullgraph=True) for f in (evaluate, tell, both))  # type: ignore[return-value]
+    def every(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: tuple[int, ...]) -> Rows:
+        for _ in range(solver.between(rows)):
+            rows = one(solver, problem, a, rows, shape)
+        return rows
+
+    # Explicit vectors make the many comparisons of a line search slower: their masks are converted back and forth.
+    plain: Any = {"cpp.simdlen": 1}
+    return (
+        torch.compile(tell, fullgraph=True),
+        torch.compile(one, fullgraph=True),
+        torch.compile(every, fullgraph=True, options=plain),
+    )
 
 
 _UNTRACEABLE: set[type] = set()
@@ -518,23 +527,21 @@ _UNTRACEABLE: set[type] = set()
 
 def compiled_rounds(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
     """The rounds between two looks, compiled for any number of rows above one."""
-    evaluate, tell, both = _compiler()
+    tell, one, every = _compiler()
     for x in leaves(a):
         torch._dynamo.maybe_mark_dynamic(x, 0)
     with torch._dynamo.config.patch(recompile_limit=64):
         for _ in range(solver.between(rows)):
-            traceable = type(problem) not in _UNTRACEABLE
-            try:
-                if traceable and solver.fuses:
-                    rows = both(solver, problem, a, rows, (-1, *shape[1:]))
+            if type(problem) not in _UNTRACEABLE:
+                try:
+                    if solver.tiny(rows):
+                        return every(solver, problem, a, rows, (-1, *shape[1:]))
+                    rows = one(solver, problem, a, rows, (-1, *shape[1:]))
                     continue
-                point = solver._shaped(rows.state.b, shape)
-                torch._dynamo.maybe_mark_dynamic(point, 0)
-                value, grad = (evaluate if traceable else value_and_grad)(problem, point, a)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                _UNTRACEABLE.add(type(problem))
-                why = str(error).splitlines()[0]
-                warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
-                value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
-            rows = (tell if solver.fuses else GradientSolver.tell)(solver, rows, value, solver._flat(grad))
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    _UNTRACEABLE.add(type(problem))
+                    why = str(error).splitlines()[0]
+                    warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
+            value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
+            rows = tell(solver, rows, value, solver._flat(grad))
     return rows

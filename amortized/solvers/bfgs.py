@@ -35,11 +35,10 @@ class BFGS(QuasiNewton):
     axis = -1
 
     def num_lanes(self, b: Tensor) -> int:
-        """Rows whose matrices fit in cache: a megabyte compiled, more where every operation is dispatched."""
+        """Rows whose matrices take 4 MB: many enough that leaving the compiled code costs little, few enough for a cache."""
         if self.lanes or b.is_cuda:
             return self.lanes or len(b)
-        room = 2**20 if self.compiled else 2**22
-        return min(4096, max(64, room // (b[0].numel() ** 2 * b.element_size())))
+        return min(4096, max(64, 2**22 // (b[0].numel() ** 2 * b.element_size())))
 
     def ignorant(self, b: Tensor) -> Matrix:
         """H = 1."""

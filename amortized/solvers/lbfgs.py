@@ -78,8 +78,6 @@ class LBFGS(QuasiNewton):
         self.small = BFGS(steps, tol, noise, unroll, lanes, compile) if dense else None
         self.dense = dense
 
-    fuses = False
-
     def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
         """As :meth:`Solver.solve`; with few unknowns by :class:`~amortized.solvers.BFGS`."""
         if self.small is not None and len(b) and b[0].numel() <= self.dense:
@@ -91,7 +89,7 @@ class LBFGS(QuasiNewton):
         if self.lanes or b.is_cuda:
             return self.lanes or len(b)
         size = b[0].numel() * 2 * self.memory * b.element_size()
-        return max(64, 2**23 // size)
+        return max(64, 5 * 2**20 // size)
 
     def ignorant(self, b: Tensor) -> Pairs:
         """No pairs: slots without weight."""
@@ -126,7 +124,7 @@ class LBFGS(QuasiNewton):
             for i, v in enumerate((s, y))
         ]
         p, q = pair
-        history = _replace(history, slot, s, y, paired)
+        history = _replace(history, slot, s, y, here)
 
         alpha = torch.bmm(inverse, p.unsqueeze(2)).squeeze(2)
         inner = diagonal * alpha + scale.unsqueeze(1) * (torch.bmm(gram, alpha.unsqueeze(2)).squeeze(2) - q)
@@ -149,10 +147,14 @@ class LBFGS(QuasiNewton):
         )
 
 
-def _replace(history: Tensor, slot: Tensor, s: Tensor, y: Tensor, paired: Tensor) -> Tensor:
-    m, rows, keep = history.shape[1] // 2, torch.arange(len(s), device=s.device), ~paired.unsqueeze(1)
+def _replace(history: Tensor, slot: Tensor, s: Tensor, y: Tensor, here: Tensor) -> Tensor:
+    """The history with the pair in the slots that ``here`` ``(L, m)`` names; in place where that is faster."""
+    if (
+        torch.is_grad_enabled() or torch.compiler.is_compiling()
+    ):  # a compiler writes it once; in place it copies it twice
+        halves = history.unflatten(1, (2, -1))
+        return torch.where(here[:, None, :, None], torch.stack([s, y], 1).unsqueeze(2), halves).flatten(1, 2)
+    m, rows, keep = history.shape[1] // 2, torch.arange(len(s), device=s.device), ~here.any(1, keepdim=True)
     s, y = torch.where(keep, history[rows, slot], s), torch.where(keep, history[rows, slot + m], y)
-    if torch.is_grad_enabled():
-        history = history.clone()
     history[rows, slot], history[rows, slot + m] = s, y
     return history
