@@ -5,6 +5,7 @@ from amortized.hard_contexts import HardContexts
 from amortized.losses import IterateLoss, Loss, ObjectiveLoss, RegressionLoss
 from amortized.metrics import AmortizationGap
 from amortized.module import AmortizedModule
+from amortized.pretrained import Pretrained
 from amortized.problem import Problem, ProblemError
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "IterateLoss",
     "Loss",
     "ObjectiveLoss",
+    "Pretrained",
     "Problem",
     "ProblemError",
     "RegressionLoss",

@@ -8,6 +8,7 @@ padding; and the only state of the stream is how many batches training has used.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,12 @@ from amortized.problem import Context, ProblemError, leaves, map_leaves, num_row
 _STREAMS = ("train", "val", "test", "order", "train noise", "val noise", "test noise", "predict noise")
 _SHIFTED = "shifted "  # opens the name of a split of the shifted contexts
 _BITS = 29  # of a 32-bit seed, for the number within a stream; 3 name the stream
+
+
+def data_roots() -> list[Path]:
+    """The directory that the environment variable AMORTIZED_DATA names, where data sets are looked for, if it is set."""
+    given = os.environ.get("AMORTIZED_DATA")
+    return [Path(given).expanduser()] if given else []
 
 
 def stream_seed(seed: int, stream: str, number: int) -> int:

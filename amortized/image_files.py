@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,11 +12,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from amortized.contexts import data_roots
 from amortized.problem import ProblemError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-ROOT = "AMORTIZED_DATA"
-"""Environment variable: the folder in which relative paths of data are looked for, where they are not found from here."""
 
 
 def read_image(path: str | Path, short: int | None = None) -> Tensor:
@@ -60,16 +58,16 @@ def write_image(image: Tensor, path: str | Path) -> None:
 
 
 def find_folder(path: str | Path) -> Path:
-    """A folder or file as it is given, or else under the folder that the environment variable AMORTIZED_DATA names.
+    """A folder or file as it is given, or else under the folder of all data.
 
     Raises:
         ProblemError: if there is nothing in either place.
     """
-    places = [Path(path), *([Path(os.environ[ROOT]) / path] if os.environ.get(ROOT) else [])]
+    places = [Path(path), *(root / path for root in data_roots())]
     for place in places:
         if place.exists():
             return place
-    hint = "" if os.environ.get(ROOT) else f"; set {ROOT} to the folder that holds it"
+    hint = "" if len(places) > 1 else "; set AMORTIZED_DATA to the folder that holds it"
     raise ProblemError(f"no such folder of images: {' or '.join(map(str, places))}{hint}")
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from toy import Quadratic
 
-from amortized import checkpoint
+from amortized import Pretrained, checkpoint
 from amortized.callbacks.gap import measure_gap
 from amortized.checkpoint import CheckpointError, sha256
 from amortized.cli import main
 from amortized.evidence import AnnealedImportanceSampling, ImportanceSampling
 from amortized.metrics import decomposition
-from amortized.networks import MLP, ConvDecoder, ConvEncoder, Pretrained
+from amortized.networks import MLP, ConvDecoder, ConvEncoder
 from amortized.posteriors import DiagonalGaussian, Flow, FullGaussian, normal_points, standard_normal
 from amortized.problem import ProblemError, draws, evaluate
 from amortized.problems import VAE, Images, LinearGaussian, LinearGaussianContexts, images

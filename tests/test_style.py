@@ -186,6 +186,7 @@ def test_photographs_and_paintings_of_the_test_are_in_no_other_split(tmp_path):
 
 def test_folders_are_found_under_the_root_of_the_data(tmp_path, monkeypatch):
     paint(tmp_path / "root" / "photos", 2)
+    monkeypatch.delenv("AMORTIZED_DATA", raising=False)
     with pytest.raises(ProblemError, match="no such folder of images: photos; set AMORTIZED_DATA"):
         image_folder("photos")
     monkeypatch.setenv("AMORTIZED_DATA", str(tmp_path / "root"))

@@ -4,7 +4,6 @@ from amortized.networks.convolutional import ConvDecoder, ConvEncoder
 from amortized.networks.features import VGG19, EfficientNetLite0, FeatureNetwork
 from amortized.networks.initialization import LearnedInitialization
 from amortized.networks.mlp import MLP
-from amortized.networks.pretrained import Pretrained
 from amortized.networks.sets import DeepSet, SetTransformer
 from amortized.networks.stylization import Stylization
 
@@ -17,7 +16,6 @@ __all__ = [
     "EfficientNetLite0",
     "FeatureNetwork",
     "LearnedInitialization",
-    "Pretrained",
     "SetTransformer",
     "Stylization",
 ]

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, one_hot
 
 from amortized.contexts import ContextDataModule
 from amortized.module import AmortizedModule
+from amortized.problems.images import handwritten_digits
 
 
 class Labelled(NamedTuple):
@@ -92,13 +92,8 @@ class LabelledDigits(ContextDataModule):
         self.smoothing = smoothing
 
     def contexts(self, split: str) -> Labelled:
-        digits = load_digits()
-        order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))
-        first, last = {"train": (0, 1257), "val": (1257, 1437), "test": (1437, 1797)}[split]
-        chosen = order[first:last]
-        image, label = torch.from_numpy(digits.data).float() / 16, torch.from_numpy(digits.target)
-        target = (1 - self.smoothing) * one_hot(label, 10) + self.smoothing / 10
-        return Labelled(image[chosen], target[chosen])
+        image, label = handwritten_digits(split)
+        return Labelled(image, (1 - self.smoothing) * one_hot(label, 10) + self.smoothing / 10)
 
     def augment(self, a: Labelled, generator: torch.Generator) -> Labelled:
         turn, scale, *shift = 2 * torch.rand(4, len(a.image), generator=generator, device=generator.device) - 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from amortized.contexts import ContextDataModule
+from amortized.contexts import ContextDataModule, data_roots
 from amortized.problem import Context, ProblemError
 
 Dataset = Literal["digits", "mnist", "fashion-mnist", "omniglot"]
@@ -82,18 +81,12 @@ class Images(ContextDataModule):
                     download(self.dataset, file)
 
     def contexts(self, split: str) -> Tensor:
-        grey = self._digits(split) if self.dataset == "digits" else self._from_files(split)
+        grey = handwritten_digits(split)[0] if self.dataset == "digits" else self._from_files(split)
         if split == "train":
             return grey
-        grey = self.augment_grey(grey[: self.num_rows[split]])
+        grey = _unit(grey[: self.num_rows[split]])
         generator = torch.Generator().manual_seed({"val": 1257, "test": 1437}[split])
         return torch.bernoulli(grey, generator=generator) if self.binarise else grey
-
-    def _digits(self, split: str) -> Tensor:
-        grey = torch.from_numpy(load_digits().data).float() / 16
-        order = torch.randperm(len(grey), generator=torch.Generator().manual_seed(0))
-        first, last = {"train": (0, 1257), "val": (1257, 1437), "test": (1437, 1797)}[split]
-        return grey[order[first:last]]
 
     def _from_files(self, split: str) -> Tensor:
         file = FILES[self.dataset][-1 if split == "test" else 0]
@@ -115,12 +108,22 @@ class Images(ContextDataModule):
         return torch.from_numpy(images[kept[split]].reshape(-1, 28 * 28))
 
     def augment(self, a: Context, generator: torch.Generator) -> Tensor:
-        grey = self.augment_grey(a)
+        grey = _unit(a)
         return torch.bernoulli(grey, generator=generator) if self.binarise else grey
 
-    def augment_grey(self, a: Tensor) -> Tensor:
-        """Bytes, as they are kept in memory, in [0, 1]."""
-        return a.float() / 255 if a.dtype == torch.uint8 else a
+
+def _unit(grey: Tensor) -> Tensor:
+    """Grey values in [0, 1]; files have bytes, which stay bytes in memory."""
+    return grey.float() / 255 if grey.dtype == torch.uint8 else grey
+
+
+def handwritten_digits(split: str) -> tuple[Tensor, Tensor]:
+    """Grey values ``(N, 64)`` in [0, 1] and labels ``(N,)`` of scikit-learn's digits; a split is the same for every seed."""
+    digits = load_digits()
+    order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))
+    first, last = {"train": (0, 1257), "val": (1257, 1437), "test": (1437, 1797)}[split]
+    chosen = order[first:last]
+    return torch.from_numpy(digits.data)[chosen].float() / 16, torch.from_numpy(digits.target)[chosen]
 
 
 FILES: dict[str, tuple[str, ...]] = {
@@ -138,10 +141,9 @@ def cache() -> Path:
 
 def folders(name: str, root: str | None = None) -> list[Path]:
     """Where files of a set are looked for, in order."""
-    given = os.environ.get("AMORTIZED_DATA")
     if root:  # other sets may have files of the same name, so only a folder that was named for this one is looked at
         return [Path(root).expanduser() / name, Path(root).expanduser()]
-    return [base / name for base in (*([Path(given).expanduser()] if given else []), cache(), SYSTEM)]
+    return [base / name for base in (*data_roots(), cache(), SYSTEM)]
 
 
 def find(name: str, file: str, root: str | None = None) -> Path | None:

@@ -72,11 +72,7 @@ class LinearGaussian(VAE):
     def objective(self, b: Tensor, a: Tensor) -> Tensor:
         q = self.posterior.distribution(b)
         W = self.W
-        spread = (
-            (W.T @ W * q.covariance_matrix).sum((1, 2))
-            if hasattr(q, "covariance_matrix")
-            else q.variance @ (W**2).sum(0)
-        )
+        spread = (W.T @ W * _covariance(q)).sum((1, 2))
         square = (a - q.mean @ W.T).square().sum(1) + spread
         constant = 0.5 * a.shape[1] * math.log(2 * math.pi * self.sigma**2)
         divergence = self.posterior.divergence(b)
@@ -106,13 +102,18 @@ class LinearGaussian(VAE):
         circle = 2 * torch.stack([circle.cos(), circle.sin()])
         for i, axes in enumerate(figure.subplots(1, len(a), squeeze=False)[0]):
             for name, q in {"posterior": truth, **{n: self.decode(b, a) for n, b in solutions.items()}}.items():
-                S = q.covariance_matrix[i] if hasattr(q, "covariance_matrix") else q.variance[i].diag()
+                S = _covariance(q)[i]
                 x, y = (q.mean[i, :2, None] + torch.linalg.cholesky(S[:2, :2]) @ circle).cpu()
                 style = {"color": "#bbbbbb", "linewidth": 4} if name == "posterior" else {"linewidth": 1.2}
                 axes.plot(x.numpy(), y.numpy(), label=name, **style)
             axes.set(xticks=[], yticks=[], aspect="equal")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         return figure
+
+
+def _covariance(q: torch.distributions.Distribution) -> Tensor:
+    """Of Gaussians, independent or not, ``(B, d, d)``."""
+    return q.covariance_matrix if isinstance(q, torch.distributions.MultivariateNormal) else q.variance.diag_embed()
 
 
 class LinearGaussianContexts(ContextDataModule):

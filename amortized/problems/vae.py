@@ -160,7 +160,7 @@ class GeneratedImages(ContextDataModule):
     With ``VAE(decoder=..., freeze_decoder=True)`` of the same decoder this is inference alone, for a given model (Shu 2017).
 
     Args:
-        decoder: of the model, usually :class:`~amortized.networks.Pretrained`.
+        decoder: of the model, usually :class:`~amortized.Pretrained`.
         latent: dimension of z.
         likelihood: of a pixel, ``"bernoulli"`` or ``"gaussian"``.
         sigma: of Gaussian pixels.
