@@ -197,6 +197,49 @@ def scipy_loop(problem: Any, a: Any, b: Tensor, repeats: int, few: int = 8) -> R
     return Rate(few / taken, share_converged(problem, some, torch.cat(ends)))
 
 
+def torchmin_loop(problem: Any, a: Any, b: Tensor, repeats: int, few: int = 4) -> Rate:
+    """pytorch-minimize's L-BFGS, one instance after another."""
+    torchmin = importlib.import_module("torchmin")
+    ends: list[Tensor] = []
+
+    def run() -> None:
+        ends.clear()
+        for i in range(few):
+            here = type(a)(*(leaf[i : i + 1] for leaf in a)) if isinstance(a, tuple) else a[i : i + 1]
+            options = {"gtol": TOL / b.shape[1] ** 0.5, "xtol": 0, "max_iter": 3000}
+            found = torchmin.minimize(
+                lambda x, here=here: problem.objective(x[None], here)[0], b[i], method="l-bfgs", options=options
+            )
+            ends.append(found.x.detach()[None])
+
+    taken = seconds(run, repeats)
+    some = type(a)(*(leaf[:few] for leaf in a)) if isinstance(a, tuple) else a[:few]
+    return Rate(few / taken, share_converged(problem, some, torch.cat(ends)))
+
+
+def jaxopt_vmapped(problem: Any, a: Any, b: Tensor, repeats: int) -> Rate:
+    """The L-BFGS of jaxopt, jitted and vmapped in chunks: no longer developed, so it has a row of its own."""
+    jax, jaxopt = (importlib.import_module(name) for name in ("jax", "jaxopt"))
+    jax.config.update("jax_enable_x64", True)
+    solver = jaxopt.LBFGS(problem.jax(b.shape[1]), tol=TOL, maxiter=2000, maxls=30)
+    leaves = tuple(leaf.numpy() for leaf in (a if isinstance(a, tuple) else (a,)))
+    chunk = {2: 256, 20: 64, 200: 8}[b.shape[1]]
+    few = min(len(b), 4 * chunk)
+    run_chunk = jax.jit(jax.vmap(lambda x, here: solver.run(x, here).params))
+    ends: list[Any] = []
+
+    def run() -> None:
+        ends.clear()
+        for i in range(0, few, chunk):
+            ends.append(run_chunk(b[i : i + chunk].numpy(), tuple(leaf[i : i + chunk] for leaf in leaves)))
+        jax.block_until_ready(ends)
+
+    taken = seconds(run, repeats)
+    found = torch.from_numpy(np.concatenate([np.asarray(end) for end in ends]).copy())
+    some = type(a)(*(leaf[:few] for leaf in a)) if isinstance(a, tuple) else a[:few]
+    return Rate(few / taken, share_converged(problem, some, found), f"chunks of {chunk}")
+
+
 def botorch_batched(problem: Any, a: Any, b: Tensor, repeats: int, few: int = 128) -> Rate:
     """BoTorch's loop over SciPy's state machine with batched evaluation."""
     batched = importlib.import_module("botorch.optim.batched_lbfgs_b")
@@ -336,6 +379,8 @@ GOALS = {
     "botorch": lambda name, n: 5 if n <= 20 else (3 if name == "rosenbrock" else 1.5),
     "jax": lambda name, n: 0.3,
     "flat": lambda name, n: 1.0,
+    "pytorch-minimize loop": lambda name, n: None,
+    "jaxopt": lambda name, n: None,
 }
 
 
@@ -397,6 +442,8 @@ def main() -> None:
                 }
                 if not options.quick:
                     rivals["botorch"] = (best, lambda a=a, b=b, p=problem: botorch_batched(p, a, b, 1))
+                    rivals["pytorch-minimize loop"] = (best, lambda a=a, b=b, p=problem: torchmin_loop(p, a, b, 1))
+                    rivals["jaxopt"] = (best, lambda a=a, b=b, p=problem: jaxopt_vmapped(p, a, b, 1))
                     rivals["jax"] = (best, lambda a=a, b=b, p=problem: jax_tuned(p, a, b, 3))
                 for rival, (mine, run) in rivals.items():
                     try:
