@@ -1,6 +1,6 @@
 """Inner loops against their rivals: instances per second to gradient norm 1e-6, one run, one core, float64.
 
-``python -m benchmarks.solvers [--quick] [--full] --json FILE`` prints a table and writes
+``python -m benchmarks.solvers [--quick] [--full] [--only CELL] --json FILE`` prints a table and writes
 ``{"rows": [{"id", "value", "goal", "holds", "detail"}]}``. Rivals that are not installed are named and skipped;
 ``pip install amortized[benchmarks]`` brings them.
 
@@ -294,15 +294,13 @@ def jax_tuned(problem: Any, a: Any, b: Tensor, repeats: int) -> Rate:
 
         return jax.lax.while_loop(goes_on, step, (x, method.init(x)))[0]
 
-    chunks = {2: (1024, 4096), 20: (64, 256), 200: (8, 32)}.get(n, (64,))
+    chunks = {min(chunk, len(b)) for chunk in {2: (1024, 4096), 20: (64, 256), 200: (8, 32)}.get(n, (64,))}
     kinds = [("optax L-BFGS", by_optax)]
     for solver in ([optx.BFGS] if n <= 20 else []) + [optx.LBFGS]:
         kinds += [(f"optimistix {solver.__name__} tol {tol:.0e}", by_optimistix(solver, tol)) for tol in (1e-6, 1e-8)]
     best = Rate(0.0, 0.0, "none reached the tolerance")
     for name, one in kinds:
         for chunk in chunks:
-            if chunk > len(b):
-                continue
             run_chunk = jax.jit(jax.vmap(one))
             ends: list[Any] = []
 
@@ -373,6 +371,27 @@ def evaluation_share(problem: Any, a: Any, b: Tensor, counted: int, whole: float
     return one * counted / len(b) / whole
 
 
+def quadratic_programs(add: Callable[..., None], repeats: int) -> None:
+    """The rows of DC3's convex programs."""
+    programs = ConvexDC3()
+    solver, zero = ADMM(), torch.zeros(833, 100, dtype=torch.float64)
+    found, dual = solver.solve_with_duals(programs, programs.x, zero)
+    proof = solver.certify(programs, programs.x, found.b, dual)
+    taken = seconds(lambda: solver.solve(programs, programs.x, zero), repeats)
+    quality = f"value {found.value.mean():.4f}, gap {proof.gap.max():.1e}, {taken:.3f} s for 833"
+    add("DC3 programs converged", float(found.converged.double().mean()), 1.0, quality)
+    try:
+        theirs, worst = osqp_loop(programs)
+        add("DC3 programs / OSQP loop", theirs / taken, 15, f"theirs {theirs:.3f} s, residual {worst:.1e}")
+        best = QPSolver("clarabel")
+        few, start = 50, time.process_time()
+        best.solve(programs, programs.x[:few], zero[:few])
+        theirs = (time.process_time() - start) * 833 / few / 2
+        add("DC3 programs / clarabel, 2 processes", theirs / taken, 1, f"theirs {theirs:.3f} s, half of one process's")
+    except ModuleNotFoundError as error:
+        print(f"DC3 programs: rivals skipped, {error.name} is not installed (amortized[benchmarks])")
+
+
 GOALS = {
     "torch.optim loop": lambda name, n: 50 if n <= 20 else 10,
     "scipy loop": lambda name, n: 30 if n <= 20 else 8,
@@ -387,7 +406,8 @@ GOALS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small cells, eager, the loops only: under a minute")
-    parser.add_argument("--full", action="store_true", help="also B = 64 and 16384: an hour")
+    parser.add_argument("--full", action="store_true", help="also B = 64 and 16384: hours")
+    parser.add_argument("--only", default="", help="cells with this in their name, as 'rosenbrock n=2 B=64'")
     parser.add_argument("--json", help="where to write the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -410,6 +430,8 @@ def main() -> None:
             for size in sizes:
                 a, b = problem.data(size, n)
                 cell = f"{name} n={n} B={size}"
+                if options.only not in cell:
+                    continue
                 eager, found = ours(problem, a, b, False, repeats)
                 add(f"{cell} eager", eager.per_second, None, f"per s, {eager.converged:.4f} converged, {eager.note}")
                 add(f"{cell} converged", eager.converged, 1.0, f"{found.evaluations.double().mean():.1f} evaluations")
@@ -423,7 +445,7 @@ def main() -> None:
                 share = evaluation_share(problem, a, b, counted.rows, whole)
                 goal = 0.5 if (name, n) == ("logistic", 200) else None
                 add(f"{cell} share of evaluation", share, goal, f"{whole * 1e6 / counted.rows:.2f} us a row-evaluation")
-                over = {2: 0.2, 20: 1.3, 200: 6}[n]
+                over = {2: 0.2, 20: 1.3, 200: 6}[n] if size >= 1024 else None
                 overhead = whole * (1 - share) * 1e6 / counted.rows
                 add(f"{cell} overhead, us", overhead, over if options.quick else None, "eager", at_most=True)
                 best = eager
@@ -459,23 +481,8 @@ def main() -> None:
                     add(f"{cell} / {rival}", ratio, None if starred else goal, detail)
                     if rival == "jax" and not starred and size >= 1024:
                         ratios.append(ratio)
-    programs = ConvexDC3()
-    solver, zero = ADMM(), torch.zeros(833, 100, dtype=torch.float64)
-    found, dual = solver.solve_with_duals(programs, programs.x, zero)
-    proof = solver.certify(programs, programs.x, found.b, dual)
-    taken = seconds(lambda: solver.solve(programs, programs.x, zero), repeats)
-    quality = f"value {found.value.mean():.4f}, gap {proof.gap.max():.1e}, {taken:.3f} s for 833"
-    add("DC3 programs converged", float(found.converged.double().mean()), 1.0, quality)
-    try:
-        theirs, worst = osqp_loop(programs)
-        add("DC3 programs / OSQP loop", theirs / taken, 15, f"theirs {theirs:.3f} s, residual {worst:.1e}")
-        best = QPSolver("clarabel")
-        few, start = 50, time.process_time()
-        best.solve(programs, programs.x[:few], zero[:few])
-        theirs = (time.process_time() - start) * 833 / few / 2
-        add("DC3 programs / clarabel, 2 processes", theirs / taken, 1, f"theirs {theirs:.3f} s, half of one process's")
-    except ModuleNotFoundError as error:
-        print(f"DC3 programs: rivals skipped, {error.name} is not installed (amortized[benchmarks])")
+    if options.only in "DC3 programs":
+        quadratic_programs(add, repeats)
     if ratios:
         add("geometric mean / jax", float(np.exp(np.mean(np.log(ratios)))), 1.0, f"{len(ratios)} cells")
     if options.json:
