@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, max_pool2d, pad, relu, relu6
+from torch.nn.functional import conv2d, linear, max_pool2d, pad, relu, relu6
 
 from amortized.networks.tiles import Tile, assemble, tiles
 
@@ -133,6 +133,8 @@ class EfficientNetLite0(FeatureNetwork):
     def _convolve(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
         weight: Tensor = getattr(self, f"{name}_weight")
         kernel, depthwise = weight.shape[-1], weight.shape[1] == 1
+        if kernel == 1:  # a product, channels last; on one thread a convolution moves them to the front and back
+            return linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], getattr(self, f"{name}_bias")).permute(0, 3, 1, 2)
         if stride == 1:
             left = right = kernel // 2
         else:  # TensorFlow's "same": an even image is extended more at its end
