@@ -13,6 +13,7 @@ from __future__ import annotations
 import abc
 import enum
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -90,6 +91,51 @@ class Rows(NamedTuple):
     rounds: Tensor
     status: Tensor
     state: Any
+
+
+class Packed(NamedTuple):
+    """Rows in one ``(k, L)`` for each kind of number.
+
+    Compiled code then has three tensors to check, to allocate and to return where it would have thirty.
+    """
+
+    numbers: Tensor
+    counts: Tensor
+    flags: Tensor
+
+
+class Form(NamedTuple):
+    """Where a tensor of rows lies among packed ones: of which kind, its first line there, and its shape without rows."""
+
+    kind: int
+    line: int
+    shape: tuple[int, ...]
+
+
+def pack(rows: Rows) -> tuple[Packed, Any]:
+    """The tensors of ``rows``, rows last, as :class:`Packed`, and the forms that :func:`unpack` needs."""
+    lines: tuple[list[Tensor], ...] = ([], [], [])
+    used = [0, 0, 0]
+
+    def form(x: Tensor) -> Any:
+        kind = 0 if x.is_floating_point() else 2 if x.dtype == torch.bool else 1
+        flat, line = x.reshape(-1, x.shape[-1]), used[kind]
+        lines[kind].append(flat)
+        used[kind] += len(flat)
+        return Form(kind, line, tuple(x.shape[:-1]))
+
+    forms = map_leaves(form, rows)
+    return Packed(*map(torch.cat, lines)), forms
+
+
+def unpack(packed: Any, forms: Any) -> Any:
+    """The rows that :func:`pack` packed, as views; what has no form as it is."""
+    if forms is None:
+        return packed
+    if isinstance(forms, Form):
+        lines = packed[forms.kind][forms.line : forms.line + math.prod(forms.shape)]
+        return lines.reshape(*forms.shape, -1)
+    return type(forms)(*(unpack(packed, form) for form in forms))
 
 
 def tolerance(tol: float | None, dtype: torch.dtype) -> float:
@@ -209,14 +255,19 @@ class RowSolver(Solver):
         Rows that are finished keep what they have.
         """
 
-    def rounds(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
-        """The rounds between two looks at which rows are finished."""
-        for _ in range(self.between(rows)):
-            rows = self.advance(problem, a, rows, shape)
+    def pack(self, rows: Rows) -> tuple[Any, Any]:
+        """The rows as :meth:`rounds` takes them, and the forms by which :func:`unpack` shows them: as they are, and None."""
+        return rows, None
+
+    def rounds(self, problem: Problem, a: Context, rows: Any, forms: Any, shape: torch.Size, enough: int) -> Any:
+        """Rounds until at most ``enough`` rows are still running; rows as :meth:`pack` gives them."""
+        while int((rows.status == Status.RUNNING).sum()) > enough:
+            for _ in range(self.between(rows)):
+                rows = self.advance(problem, a, rows, shape)
         return rows
 
     def between(self, rows: Rows) -> int:
-        """Rounds until the next look: every round on a CPU."""
+        """Rounds between two looks at which rows are finished: every round on a CPU."""
         return self.sync if rows.b.is_cuda else 1
 
     @property
@@ -335,34 +386,32 @@ class RowSolver(Solver):
         return found
 
     def _solve(self, problem: Problem, a: Context, b: Tensor) -> Solution:
-        size, width = len(b), self.num_lanes(b)
-        found = _empty(b, size)
-        place = torch.arange(min(width, size), device=b.device)
-        begun = len(place)
+        size, begun = len(b), min(self.num_lanes(b), len(b))
+        found, width = _empty(b, size), begun
+        place = torch.arange(begun, device=b.device)
         here = take(a, slice(0, begun)) if begun < size else a
-        rows = self.begin(problem, here, b[:begun])
+        rows, forms = self.pack(self.begin(problem, here, b[:begun]))
         while len(place):
-            running = rows.status == Status.RUNNING
-            left = int(running.sum())
             # Moving the running rows together copies their state, so it waits until it frees enough of them.
-            if not left or (len(place) > 8 and left <= len(place) * (0.75 if begun < size else 0.6)):
-                ended, index = (~running).nonzero()[:, 0], running.nonzero()[:, 0]
-                self._store(found, place[ended], rows, ended)
-                rows, here, place = self._keep(rows, index), take(here, index), place[index]
-                if begun < size:
-                    new = slice(begun, min(begun + width - left, size))
-                    more = take(a, new)
-                    rows = _cat(rows, self.begin(problem, more, b[new]), self.axis)
-                    here, begun = _cat(here, more, 0), new.stop
-                    place = torch.cat([place, torch.arange(new.start, new.stop, device=b.device)])
-                    continue
-            if len(place):
-                rows = self.rounds(problem, here, rows, torch.Size((len(place), *b.shape[1:])))
+            enough = int((0.75 if begun < size else 0.6) * len(place)) if len(place) > 8 else 0
+            rows = self.rounds(problem, here, rows, forms, torch.Size((len(place), *b.shape[1:])), enough)
+            seen = rows if forms is None else unpack(rows, forms._replace(state=None))
+            running = seen.status == Status.RUNNING
+            ended, index = (~running).nonzero()[:, 0], running.nonzero()[:, 0]
+            self._store(found, place[ended], seen, ended)
+            if len(index) or begun < size:
+                rows, here = self._keep(rows, index), take(here, index)
+            place = place[index]
+            if begun < size:
+                new = slice(begun, min(begun + width - len(place), size))
+                more = take(a, new)
+                rows = _cat(rows, self.pack(self.begin(problem, more, b[new]))[0], self.axis)
+                here, begun = _cat(here, more, 0), new.stop
+                place = torch.cat([place, torch.arange(new.start, new.stop, device=b.device)])
         return found
 
-    def _keep(self, rows: Rows, index: Tensor) -> Rows:
-        kept: Rows = map_leaves(lambda x: x.index_select(self.axis, index), rows)
-        return kept
+    def _keep(self, rows: Any, index: Tensor) -> Any:
+        return map_leaves(lambda x: x.index_select(self.axis, index), rows)
 
     def _store(self, found: Solution, place: Tensor, rows: Rows, index: Tensor) -> None:
         *values, _ = rows
@@ -443,19 +492,30 @@ class GradientSolver(RowSolver):
         value, grad = value_and_grad(problem, self._shaped(rows.state.b, shape), a)
         return self.tell(rows, value, self._flat(grad))
 
-    def rounds(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
-        """The rounds between two looks; compiled where that is asked for and there is more than one row."""
-        if not self.compiled or shape[0] == 1:
-            return super().rounds(problem, a, rows, shape)
-        return compiled_rounds(self, problem, a, rows, shape)
+    def pack(self, rows: Rows) -> tuple[Any, Any]:
+        """As :meth:`RowSolver.pack`; where rounds are compiled and rows are last, as :class:`Packed`."""
+        if not (self.compiled and self.axis):
+            return rows, None
+        packed, forms = pack(rows)
+        for x in packed:
+            torch._dynamo.maybe_mark_dynamic(x, 1)
+        return packed, forms
+
+    def rounds(self, problem: Problem, a: Context, rows: Any, forms: Any, shape: torch.Size, enough: int) -> Any:
+        """As :meth:`RowSolver.rounds`; compiled where that is asked for and there is more than one row."""
+        if self.compiled and shape[0] > 1:
+            return compiled_rounds(self, problem, a, rows, forms, shape, enough)
+        rows = super().rounds(problem, a, unpack(rows, forms), None, shape, enough)
+        return self.pack(rows)[0]
 
     def between(self, rows: Rows) -> int:
-        """Rounds until the next look: more than one where they are compiled, as leaving the compiled code costs something."""
-        return max(super().between(rows), (4 if self.tiny(rows) else 2) if self.compiled else 1)
+        """As :meth:`RowSolver.between`; more compiled rounds of few numbers, where a call costs as much as a round."""
+        tiny = self.tiny(tuple(rows.b.shape) if self.axis == 0 else (0, rows.b.shape[0]))
+        return max(super().between(rows), 4 if self.compiled and tiny else 1)
 
-    def tiny(self, rows: Rows) -> bool:
-        """Whether a row has so few numbers that a compiler unrolls every sum over them: rounds become one loop over rows."""
-        return rows.b.shape[self.across] <= 8
+    def tiny(self, shape: tuple[int, ...]) -> bool:
+        """Whether rows of ``b`` ``(L, *)`` have so few numbers that a compiler unrolls every sum over them."""
+        return math.prod(shape[1:]) <= 8
 
     def tell(self, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
         """What one evaluation means for each row: its best so far, its status, and its next point."""
@@ -493,55 +553,67 @@ class GradientSolver(RowSolver):
             yield point
 
 
+Some: TypeAlias = Callable[["GradientSolver", Any, Context, Any, tuple[int, ...]], tuple[Any, Tensor]]
+Tell: TypeAlias = Callable[["GradientSolver", Rows, Tensor, Tensor], Rows]
+
+
 @functools.cache
-def _compiler() -> tuple[Any, Any, Any]:
-    """What follows from an evaluation, a round, and all rounds between two looks as one: to be compiled on first use."""
+def _compiler(tiny: bool, forms: Any) -> tuple[Some, Tell]:
+    """Rounds as one graph, with how many rows then run, and what follows from an evaluation: compiled on first use."""
 
-    def tell(solver: GradientSolver, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
-        return solver.tell(rows, value, grad)
-
-    def one(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: tuple[int, ...]) -> Rows:
+    def some(
+        solver: GradientSolver, problem: Any, a: Context, packed: Any, shape: tuple[int, ...]
+    ) -> tuple[Any, Tensor]:
         def total(b: Tensor) -> tuple[Tensor, Tensor]:
             value = problem.objective(b, a)
             return value.sum(), value
 
-        grad, value = torch.func.grad(total, has_aux=True)(solver._shaped(rows.state.b, shape))
-        return solver.tell(rows, value, solver._flat(grad))
-
-    def every(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: tuple[int, ...]) -> Rows:
+        rows = unpack(packed, forms)
         for _ in range(solver.between(rows)):
-            rows = one(solver, problem, a, rows, shape)
-        return rows
+            grad, value = torch.func.grad(total, has_aux=True)(solver._shaped(rows.state.b, shape))
+            rows = solver.tell(rows, value, solver._flat(grad))
+        left = (rows.status == int(Status.RUNNING)).sum()
+        return (rows if forms is None else pack(rows)[0]), left
+
+    def tell(solver: GradientSolver, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
+        return solver.tell(rows, value, grad)
 
     # Explicit vectors make the many comparisons of a line search slower: their masks are converted back and forth.
-    plain: Any = {"cpp.simdlen": 1}
-    return (
-        torch.compile(tell, fullgraph=True),
-        torch.compile(one, fullgraph=True),
-        torch.compile(every, fullgraph=True, options=plain),
-    )
+    options: Any = {"cpp.simdlen": 1, "realize_reads_threshold": 2} if tiny else {}
+    options |= {"size_asserts": False, "guard_filter_fn": _but_forms}
+    compile = functools.partial(torch.compile, fullgraph=True, recompile_limit=64, isolate_recompiles=True)
+    return compile(some, options=options), compile(tell)
+
+
+def _but_forms(guards: Any) -> list[bool]:
+    """Which guards to keep: not those on the forms, as each of them has compiled code of its own."""
+    return ["forms" not in guard.name for guard in guards]
 
 
 _UNTRACEABLE: set[type] = set()
 
 
-def compiled_rounds(solver: GradientSolver, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
-    """The rounds between two looks, compiled for any number of rows above one."""
-    tell, one, every = _compiler()
+def compiled_rounds(
+    solver: GradientSolver, problem: Problem, a: Context, packed: Any, forms: Any, shape: torch.Size, enough: int
+) -> Any:
+    """Rounds until at most ``enough`` rows are running, compiled for any number of rows above one."""
+    some, tell = _compiler(solver.tiny(shape), forms)
     for x in leaves(a):
         torch._dynamo.maybe_mark_dynamic(x, 0)
-    with torch._dynamo.config.patch(recompile_limit=64):
-        for _ in range(solver.between(rows)):
-            if type(problem) not in _UNTRACEABLE:
-                try:
-                    if solver.tiny(rows):
-                        return every(solver, problem, a, rows, (-1, *shape[1:]))
-                    rows = one(solver, problem, a, rows, (-1, *shape[1:]))
-                    continue
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    _UNTRACEABLE.add(type(problem))
-                    why = str(error).splitlines()[0]
-                    warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
-            value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
-            rows = tell(solver, rows, value, solver._flat(grad))
-    return rows
+    rows = unpack(packed, forms if forms is None else forms._replace(state=None))
+    left = int((rows.status == Status.RUNNING).sum())
+    if type(problem) not in _UNTRACEABLE:
+        try:
+            while left > enough:
+                packed, running = some(solver, problem, a, packed, (-1, *shape[1:]))
+                left = int(running)
+            return packed
+        except torch._dynamo.exc.TorchDynamoException as error:
+            _UNTRACEABLE.add(type(problem))
+            why = str(error).splitlines()[0]
+            warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
+    rows = unpack(packed, forms)
+    while int((rows.status == Status.RUNNING).sum()) > enough:
+        value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
+        rows = tell(solver, rows, value, solver._flat(grad))
+    return solver.pack(rows)[0]
