@@ -372,3 +372,23 @@ def test_an_objective_that_cannot_be_traced_is_left_as_it_is() -> None:
     with pytest.warns(UserWarning, match="Untraceable.objective stays uncompiled"):
         found = BFGS(compile=True).solve(Untraceable(), a, b)
     assert found.converged.all()
+
+
+class Transformed:
+    """Its minimum is ``transforms`` times the context: an attribute that may change from one solve to the next."""
+
+    transforms = 1.0
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        return (b - self.transforms * a).square().sum(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [BFGS(compile=True), LBFGS(dense=0, compile=True)], ids=lambda s: type(s).__name__)
+def test_compiled_rounds_follow_the_problem(solver: Solver) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    problem, a = Transformed(), torch.arange(12.0, dtype=torch.float64).reshape(6, 2)
+    for factor in (1.0, 2.0, 3.0):
+        problem.transforms = factor
+        torch.testing.assert_close(solver.solve(problem, a, torch.zeros_like(a)).b, factor * a)

@@ -587,7 +587,7 @@ def _compiler(tiny: bool, forms: Any) -> tuple[Some, Tell]:
 
 def _but_forms(guards: Any) -> list[bool]:
     """Which guards to keep: not those on the forms, as each of them has compiled code of its own."""
-    return ["forms" not in guard.name for guard in guards]
+    return [not guard.name.startswith("L['forms']") for guard in guards]
 
 
 _UNTRACEABLE: set[type] = set()
