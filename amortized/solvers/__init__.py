@@ -26,7 +26,7 @@ as fast; it does not say which rows converged.
 from amortized.solvers.adam import Adam
 from amortized.solvers.admm import ADMM
 from amortized.solvers.augmented_lagrangian import AugmentedLagrangian
-from amortized.solvers.base import GradientSolver, Solution, Solver, Status
+from amortized.solvers.base import Solution, Solver, Status
 from amortized.solvers.bfgs import BFGS
 from amortized.solvers.cma_es import CMAES
 from amortized.solvers.fista import FISTA
@@ -38,6 +38,7 @@ from amortized.solvers.learned_update import LearnedUpdate
 from amortized.solvers.multistart import Exploration, MultiStart
 from amortized.solvers.newton import Newton
 from amortized.solvers.projected_gradient import ProjectedGradient
+from amortized.solvers.rows import GradientSolver
 from amortized.solvers.tune import tune
 
 __all__ = [

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context, QuadraticProgram, map_leaves
-from amortized.solvers.base import Rows, RowSolver, Solution, Trace, ordinary, require
+from amortized.solvers.base import Solution, Trace, ordinary, require
+from amortized.solvers.rows import Rows, RowSolver
 
 RELAXATION = 1.6
 EQUALITY = 1e3

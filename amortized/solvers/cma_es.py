@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context, Problem, map_leaves
-from amortized.solvers.base import Rows, RowSolver, check_value
+from amortized.solvers.base import check_value
+from amortized.solvers.rows import Rows, RowSolver
 
 
 class Distribution(NamedTuple):

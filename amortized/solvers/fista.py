@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from amortized.problem import Composite, Context, map_leaves, value_and_grad
-from amortized.solvers.base import Rows, RowSolver, check_value, ordinary, require
+from amortized.solvers.base import check_value, ordinary, require
+from amortized.solvers.rows import Rows, RowSolver
 
 
 class Extrapolated(NamedTuple):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context, FixedPoint, map_leaves
-from amortized.solvers.base import Rows, RowSolver, ordinary, require
+from amortized.solvers.base import ordinary, require
+from amortized.solvers.rows import Rows, RowSolver
 
 
 class Mixed(NamedTuple):

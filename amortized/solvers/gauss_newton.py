@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context
-from amortized.solvers.base import Rows, require
+from amortized.solvers.base import require
 from amortized.solvers.newton import Newton, jacobian
+from amortized.solvers.rows import Rows
 
 
 class GaussNewton(Newton):

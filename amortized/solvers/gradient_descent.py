@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amortized.solvers.base import GradientSolver
+from amortized.solvers.rows import GradientSolver
 
 
 class Moving(NamedTuple):

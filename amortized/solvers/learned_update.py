@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amortized.solvers.base import GradientSolver
+from amortized.solvers.rows import GradientSolver
 
 
 class Updated(NamedTuple):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context, Problem
-from amortized.solvers.base import Rows, RowSolver, check_value
+from amortized.solvers.base import check_value
+from amortized.solvers.rows import Rows, RowSolver
 
 SECULAR = 12
 """Newton steps on the length of the step; they converge in a handful."""

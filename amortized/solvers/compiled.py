@@ -1,0 +1,135 @@
+"""Rounds of a solver, its objective included, as one graph of ``torch.compile``: few kernels, and little around each call."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from amortized.problem import Context, Problem, leaves, map_leaves, value_and_grad
+from amortized.solvers.base import Status
+
+if TYPE_CHECKING:
+    from amortized.solvers.rows import GradientSolver, Rows
+
+
+class Packed(NamedTuple):
+    """Rows in one ``(k, L)`` for each kind of number.
+
+    Compiled code then has three tensors to check, to allocate and to return where it would have thirty.
+    """
+
+    numbers: Tensor
+    counts: Tensor
+    flags: Tensor
+
+
+class Form(NamedTuple):
+    """Where a tensor of rows lies among packed ones: of which kind, its first line there, and its shape without rows."""
+
+    kind: int
+    line: int
+    shape: tuple[int, ...]
+
+
+def pack(rows: Rows) -> tuple[Packed, Any]:
+    """The tensors of ``rows``, rows last, as :class:`Packed`, and the forms that :func:`unpack` needs."""
+    lines: tuple[list[Tensor], ...] = ([], [], [])
+    used = [0, 0, 0]
+
+    def form(x: Tensor) -> Any:
+        kind = 0 if x.is_floating_point() else 2 if x.dtype == torch.bool else 1
+        flat, line = x.reshape(-1, x.shape[-1]), used[kind]
+        lines[kind].append(flat)
+        used[kind] += len(flat)
+        return Form(kind, line, tuple(x.shape[:-1]))
+
+    forms = map_leaves(form, rows)
+    none = rows.status.new_empty(0, len(rows.status))
+    return Packed(*(torch.cat(found) if found else none for found in lines)), forms
+
+
+def unpack(packed: Any, forms: Any) -> Any:
+    """The rows that :func:`pack` packed, as views; what has no form as it is."""
+    if forms is None:
+        return packed
+    if isinstance(forms, Form):
+        lines = packed[forms.kind][forms.line : forms.line + math.prod(forms.shape)]
+        return lines.reshape(*forms.shape, -1)
+    return type(forms)(*(unpack(packed, form) for form in forms))
+
+
+def shown(packed: Any, forms: Any) -> Rows:
+    """As :func:`unpack`, but for the solver's own state."""
+    rows: Rows = unpack(packed, forms if forms is None else forms._replace(state=None))
+    return rows
+
+
+Some: TypeAlias = Callable[["GradientSolver", Any, Context, Any, tuple[int, ...]], tuple[Any, Tensor]]
+Tell: TypeAlias = Callable[["GradientSolver", "Rows", Tensor, Tensor], "Rows"]
+
+
+@functools.cache
+def _compiler(tiny: bool, forms: Any) -> tuple[Some, Tell]:
+    """Rounds as one graph, with how many rows then run, and what follows from an evaluation: compiled on first use."""
+
+    def some(
+        solver: GradientSolver, problem: Any, a: Context, packed: Any, shape: tuple[int, ...]
+    ) -> tuple[Any, Tensor]:
+        def total(b: Tensor) -> tuple[Tensor, Tensor]:
+            value = problem.objective(b, a)
+            return value.sum(), value
+
+        rows = unpack(packed, forms)
+        for _ in range(solver.between(rows)):
+            grad, value = torch.func.grad(total, has_aux=True)(solver._shaped(rows.state.b, shape))
+            rows = solver.tell(rows, value, solver._flat(grad))
+        left = (rows.status == int(Status.RUNNING)).sum()
+        return (rows if forms is None else pack(rows)[0]), left
+
+    def tell(solver: GradientSolver, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
+        return solver.tell(rows, value, grad)
+
+    # Explicit vectors make the many comparisons of a line search slower: their masks are converted back and forth.
+    options: Any = {"cpp.simdlen": 1, "realize_reads_threshold": 2} if tiny else {}
+    options |= {"size_asserts": False, "guard_filter_fn": _but_forms}
+    compile = functools.partial(torch.compile, fullgraph=True, recompile_limit=64, isolate_recompiles=True)
+    return compile(some, options=options), compile(tell)
+
+
+def _but_forms(guards: Any) -> list[bool]:
+    """Which guards to keep: not those on the forms, as each of them has compiled code of its own."""
+    return [not guard.name.startswith("L['forms']") for guard in guards]
+
+
+_UNTRACEABLE: set[type] = set()
+
+
+def compiled_rounds(
+    solver: GradientSolver, problem: Problem, a: Context, packed: Any, forms: Any, shape: torch.Size, enough: int
+) -> Any:
+    """Rounds until at most ``enough`` rows are running, compiled for any number of rows above one."""
+    some, tell = _compiler(solver.tiny(math.prod(shape[1:])), forms)
+    for x in leaves(a):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    left = int((shown(packed, forms).status == Status.RUNNING).sum())
+    if type(problem) not in _UNTRACEABLE:
+        try:
+            while left > enough:
+                packed, running = some(solver, problem, a, packed, (-1, *shape[1:]))
+                left = int(running)
+            return packed
+        except torch._dynamo.exc.TorchDynamoException as error:
+            _UNTRACEABLE.add(type(problem))
+            why = str(error).splitlines()[0]
+            warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
+    rows = unpack(packed, forms)
+    while int((rows.status == Status.RUNNING).sum()) > enough:
+        value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
+        rows = tell(solver, rows, value, solver._flat(grad))
+    return solver.pack(rows)[0]

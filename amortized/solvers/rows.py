@@ -1,0 +1,382 @@
+"""The inner loop that every solver shares: B problems at once, each row with its own progress, its own end.
+
+A solver is told what it sees and answers with where to look next (ask and tell), for all rows in one batch of tensor
+operations. The loop owns everything else: evaluating, remembering the best iterate of each row, deciding when a row is
+finished, dropping finished rows so that they cost nothing, and bringing in waiting ones.
+
+One row at a time (B = 1) is not what this is for: a round costs mostly the dispatch of its operations, which only many
+rows pay back. For a single problem use SciPy.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from amortized.problem import CommonDraws, Context, Problem, is_random, leaves, map_leaves, take, value_and_grad
+from amortized.solvers.base import Solution, Solver, Status, Trace, check_value, ordinary, tolerance
+from amortized.solvers.compiled import compiled_rounds, pack, shown, unpack
+
+
+class State(Protocol):
+    """What a solver remembers of its rows: a ``NamedTuple`` of tensors with rows along the solver's ``axis``."""
+
+    @property
+    def b(self) -> Tensor:
+        """The point to evaluate next ``(L, n)``."""
+
+    @property
+    def iterations(self) -> Tensor:
+        """Steps taken so far ``(L,)``, integer."""
+
+
+class Rows(NamedTuple):
+    """The rows at work: the best of each, and the solver's own state."""
+
+    b: Tensor
+    value: Tensor
+    residual: Tensor
+    lowest: Tensor
+    iterations: Tensor
+    evaluations: Tensor
+    rounds: Tensor
+    status: Tensor
+    state: Any
+
+
+class RowSolver(Solver):
+    """The loop of rounds over rows: a subclass writes :meth:`begin` and :meth:`advance`.
+
+    Args:
+        steps: rounds at most.
+        tol: residual at which a row is finished; None chooses by dtype.
+        lanes: rows at work at a time, the others wait; None lets the solver choose.
+    """
+
+    axis: int = 0
+    """Where the solver keeps rows in its state: 0, or -1 where that is faster (small n)."""
+    sync: int = 4
+    """Rounds between looks at which rows are finished, on a GPU, where each look makes the host wait."""
+
+    def __init__(self, steps: int = 1000, tol: float | None = None, lanes: int | None = None) -> None:
+        super().__init__(steps, tol)
+        self.lanes = lanes
+
+    @abc.abstractmethod
+    def begin(self, problem: Problem, a: Context, b: Tensor) -> Rows:
+        """Rows that start at ``b`` ``(L, *)``, evaluated there."""
+
+    @abc.abstractmethod
+    def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
+        """One round: evaluates every row, with ``b`` in ``shape`` ``(L, *)``, and moves it.
+
+        Rows that are finished keep what they have.
+        """
+
+    def pack(self, rows: Rows) -> tuple[Any, Any]:
+        """The rows as :meth:`rounds` takes them, and the forms by which :func:`unpack` shows them: as they are, and None."""
+        return rows, None
+
+    def rounds(self, problem: Problem, a: Context, rows: Any, forms: Any, shape: torch.Size, enough: int) -> Any:
+        """Rounds until at most ``enough`` rows are still running; rows as :meth:`pack` gives them."""
+        while int((rows.status == Status.RUNNING).sum()) > enough:
+            for _ in range(self.between(rows)):
+                rows = self.advance(problem, a, rows, shape)
+        return rows
+
+    def between(self, rows: Rows) -> int:
+        """Rounds between two looks at which rows are finished: every round on a CPU."""
+        return self.sync if rows.b.is_cuda else 1
+
+    @property
+    def across(self) -> int:
+        """The dimension of a row's n numbers in the state."""
+        return 0 if self.axis else 1
+
+    def dot(self, u: Tensor, v: Tensor) -> Tensor:
+        """The inner products ``(L,)`` of rows."""
+        return (u * v).sum(self.across)
+
+    def wide(self, x: Tensor) -> Tensor:
+        """A number for each row ``(L,)``, to multiply rows with."""
+        return x.unsqueeze(self.across)
+
+    def enter(
+        self, at: Tensor, value: Tensor, residual: Tensor, state: Any, merit: Tensor | None = None, evaluations: int = 1
+    ) -> Rows:
+        """Rows at their start ``at``; ``merit`` ``(L,)`` is what they will lower, the value unless given."""
+        merit = value if merit is None else merit
+        otherwise = int(Status.RUNNING if self.steps else Status.LIMIT)
+        end = torch.where(residual <= tolerance(self.tol, value.dtype), int(Status.CONVERGED), otherwise)
+        finite = merit.isfinite() & residual.isfinite()
+        status = torch.where(finite, end, int(Status.DIVERGED)).to(torch.int32)
+        none = torch.zeros_like(status)
+        return Rows(at, value, residual, merit, none, none + evaluations, none, status, state)
+
+    def settle(
+        self,
+        rows: Rows,
+        at: Tensor,
+        value: Tensor,
+        residual: Tensor,
+        state: Any,
+        iterations: Tensor,
+        *,
+        merit: Tensor | None = None,
+        evaluations: int = 1,
+        stalled: Tensor | None = None,
+        recovers: bool = False,
+    ) -> Rows:
+        """The rows after a round that looked ``at`` these points: the best so far, and the status, of each.
+
+        Args:
+            rows: before the round.
+            at: points that were evaluated, in the layout of the state.
+            value: objective there ``(L,)``.
+            residual: what is compared with ``tol`` ``(L,)``.
+            state: the solver's state after the round.
+            iterations: steps taken so far ``(L,)``.
+            merit: what decides which iterate is best ``(L,)``; the value unless given.
+            evaluations: what the round cost each row.
+            stalled: rows that can make no more progress ``(L,)``.
+            recovers: whether rows with a merit or residual that is not finite go on.
+        """
+        merit = value if merit is None else merit
+        running = rows.status == int(Status.RUNNING)
+        finite = merit.isfinite() & residual.isfinite()
+        # Merits within rounding of the lowest cannot be told apart: the smaller residual decides, and one below the
+        # tolerance may sit a little higher (gradients stay accurate where values have drowned in rounding).
+        eps = torch.finfo(value.dtype).eps
+        done = residual <= tolerance(self.tol, value.dtype)
+        rounding = torch.where(done, eps ** (2 / 3), 32 * eps) * rows.lowest.abs()
+        as_low = (merit <= rows.lowest + rounding) & (residual < rows.residual)
+        better = running & finite & ((merit < rows.lowest - rounding) | as_low)
+        rounds = rows.rounds + running
+        status = torch.where(rounds >= self.steps, int(Status.LIMIT), int(Status.RUNNING))
+        if stalled is not None:
+            status = torch.where(stalled, int(Status.LIMIT), status)
+        if not recovers:
+            status = torch.where(finite, status, int(Status.DIVERGED))
+        status = torch.where(better & done, int(Status.CONVERGED), status)
+        return Rows(
+            b=torch.where(self.wide(better), at, rows.b),
+            value=torch.where(better, value, rows.value),
+            residual=torch.where(better, residual, rows.residual),
+            lowest=torch.where(better, torch.minimum(merit, rows.lowest), rows.lowest),
+            iterations=torch.where(running, iterations, rows.iterations),
+            evaluations=(rows.evaluations + running * evaluations).to(torch.int32),
+            rounds=rounds,
+            status=torch.where(running, status, rows.status).to(torch.int32),
+            state=state,
+        )
+
+    def _flat(self, b: Tensor) -> Tensor:
+        """``(L, *)`` in the layout of the state: ``(L, n)``, or ``(n, L)`` where rows are last."""
+        flat = b.reshape(len(b), -1)
+        return flat if self.axis == 0 else flat.t().contiguous()
+
+    def _shaped(self, b: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return (b if self.axis == 0 else b.t()).reshape(shape)
+
+    def num_lanes(self, b: Tensor) -> int:
+        """Rows to have at work at a time, of starts ``b`` ``(B, *)``."""
+        return self.lanes or len(b)
+
+    def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
+        """As :meth:`Solver.solve`."""
+        with torch.inference_mode(False), torch.no_grad():
+            a, b = map_leaves(ordinary, a), ordinary(b)
+            for leaf in leaves(a):
+                if len(leaf) != len(b):
+                    raise ValueError(
+                        f"got {len(b)} starts and contexts with {len(leaf)} rows; give one start to each context"
+                    )
+            if not len(b):
+                return _empty(b)
+            random = hasattr(problem, "objective") and is_random(problem, b[:1], take(a, slice(0, 1)))
+            if random:
+                problem = CommonDraws(problem, int(torch.randint(2**62, ()).item()))
+            if random or trace is not None:
+                return self._solve_in_place(problem, a, b, trace)
+            return self._solve(problem, a, b)
+
+    def _solve_in_place(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+        rows, rounds = self.begin(problem, a, b), 0
+        while rounds % self.between(rows) or bool((rows.status == Status.RUNNING).any()):
+            rows, rounds = self.advance(problem, a, rows, b.shape), rounds + 1
+            if trace is not None:
+                trace(int(rows.evaluations.max()), rows.value)
+        everything = torch.arange(len(b), device=b.device)
+        found = _empty(b, len(b))
+        self._store(found, everything, rows, everything)
+        return found
+
+    def _solve(self, problem: Problem, a: Context, b: Tensor) -> Solution:
+        size, begun = len(b), min(self.num_lanes(b), len(b))
+        found, width = _empty(b, size), begun
+        place = torch.arange(begun, device=b.device)
+        here = take(a, slice(0, begun)) if begun < size else a
+        rows, forms = self.pack(self.begin(problem, here, b[:begun]))
+        while len(place):
+            # Moving the running rows together copies their state, so it waits until it frees enough of them.
+            enough = int((0.75 if begun < size else 0.6) * len(place)) if len(place) > 8 else 0
+            rows = self.rounds(problem, here, rows, forms, torch.Size((len(place), *b.shape[1:])), enough)
+            seen = shown(rows, forms)
+            running = seen.status == Status.RUNNING
+            ended, index = (~running).nonzero()[:, 0], running.nonzero()[:, 0]
+            self._store(found, place[ended], seen, ended)
+            if len(index) or begun < size:
+                rows, here = self._keep(rows, index), take(here, index)
+            place = place[index]
+            if begun < size:
+                new = slice(begun, min(begun + width - len(place), size))
+                more = take(a, new)
+                rows = _cat(rows, self.pack(self.begin(problem, more, b[new]))[0], self.axis)
+                here, begun = _cat(here, more, 0), new.stop
+                place = torch.cat([place, torch.arange(new.start, new.stop, device=b.device)])
+        return found
+
+    def _keep(self, rows: Any, index: Tensor) -> Any:
+        return map_leaves(lambda x: x.index_select(self.axis, index), rows)
+
+    def _store(self, found: Solution, place: Tensor, rows: Rows, index: Tensor) -> None:
+        *values, _ = rows
+        b, value, residual, _, iterations, evaluations, _, status = (x.index_select(self.axis, index) for x in values)
+        b = b if self.axis == 0 else b.movedim(-1, 0)
+        answers = (b.reshape(len(place), *found.b.shape[1:]), value, residual, iterations, evaluations, status)
+        for into, answer in zip(found, answers, strict=True):
+            into[place] = answer.to(into.dtype)
+
+
+def _cat(x: Any, y: Any, axis: int) -> Any:
+    """Two contexts or states of the same structure, one after the other."""
+    if isinstance(x, Tensor):
+        return torch.cat([x, y], axis)
+    return type(x)(*(_cat(p, q, axis) for p, q in zip(x, y, strict=True)))
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _empty(b: Tensor, size: int = 0) -> Solution:
+    value, count = b.new_empty(size), torch.empty(size, dtype=torch.int64, device=b.device)
+    return Solution(b.new_empty((size, *b.shape[1:])), value, value.clone(), count, count.clone(), count.clone())
+
+
+class GradientSolver(RowSolver):
+    """A solver that looks at values and gradients: a subclass writes :meth:`init` and :meth:`step`, on rows ``(L, n)``.
+
+    Args:
+        steps: evaluations of each row after the first, at most; in :meth:`iterates`, the number of iterates.
+        tol: gradient norm at which a row is finished; None chooses by dtype.
+        unroll: in :meth:`iterates`, the number of last steps in which the gradient's own dependence on ``b`` is
+            followed. None follows all; 0 none: first-order, as in first-order MAML; no second derivatives needed.
+        lanes: rows at work at a time; None lets the solver choose.
+        compile: fuse each round, the objective included, into a few kernels with ``torch.compile``, which takes tens of
+            seconds for each problem, dtype and n. A random objective, a trace and :meth:`iterates` are not compiled. An
+            objective that cannot be traced stays as it is, with a warning.
+    """
+
+    recovers: bool = False
+    """Whether the solver itself steps back from a value that is not finite. Otherwise such a row has diverged."""
+
+    def __init__(
+        self,
+        steps: int = 1000,
+        tol: float | None = None,
+        unroll: int | None = None,
+        lanes: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(steps, tol, lanes)
+        self.unroll, self.compiled = unroll, compile
+
+    @abc.abstractmethod
+    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> State:
+        """The state after the first evaluation; ``state.b`` is where to look next. No operation in place."""
+
+    @abc.abstractmethod
+    def step(self, state: Any, value: Tensor, grad: Tensor) -> State:
+        """The state after ``value`` ``(L,)`` and ``grad`` ``(L, n)`` at ``state.b``; rows independent of each other."""
+
+    def stalled(self, state: Any) -> Tensor | None:
+        """Which rows can make no more progress ``(L,)``, if the solver can tell."""
+        return None
+
+    def begin(self, problem: Problem, a: Context, b: Tensor) -> Rows:
+        """Rows that start at ``b`` ``(L, *)``, evaluated there."""
+        value, grad = value_and_grad(problem, b, a)
+        check_value(value, b)
+        at, grad = self._flat(b), self._flat(grad)
+        return self.enter(at, value, self.dot(grad, grad).sqrt(), self.init(at, value, grad))
+
+    def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
+        """One round: value and gradient of every row where its state asks for them, and what follows from that."""
+        value, grad = value_and_grad(problem, self._shaped(rows.state.b, shape), a)
+        return self.tell(rows, value, self._flat(grad))
+
+    def pack(self, rows: Rows) -> tuple[Any, Any]:
+        """As :meth:`RowSolver.pack`; where rounds are compiled copies, and :class:`Packed` where rows are last."""
+        if not self.compiled:
+            return rows, None
+        # Fresh rows share memory in places, which would compile anew; copies look like all others.
+        copies, forms = pack(rows) if self.axis else (map_leaves(_copy, rows), None)
+        for x in leaves(copies):
+            torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if self.axis else 0)
+        return copies, forms
+
+    def rounds(self, problem: Problem, a: Context, rows: Any, forms: Any, shape: torch.Size, enough: int) -> Any:
+        """As :meth:`RowSolver.rounds`; compiled where that is asked for and there is more than one row."""
+        if self.compiled and shape[0] > 1:
+            return compiled_rounds(self, problem, a, rows, forms, shape, enough)
+        rows = super().rounds(problem, a, unpack(rows, forms), None, shape, enough)
+        return self.pack(rows)[0]
+
+    def between(self, rows: Rows) -> int:
+        """As :meth:`RowSolver.between`; more compiled rounds of few numbers, where a call costs as much as a round."""
+        tiny = self.tiny(rows.b.shape[self.across])
+        return max(super().between(rows), 4 if self.compiled and tiny else 1)
+
+    def tiny(self, n: int) -> bool:
+        """Whether rows of n numbers have so few that a compiler unrolls every sum over them."""
+        return n <= 8
+
+    def tell(self, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
+        """What one evaluation means for each row: its best so far, its status, and its next point."""
+        state = self.step(rows.state, value, grad)
+        residual = self.dot(grad, grad).sqrt()
+        return self.settle(
+            rows, rows.state.b, value, residual, state, state.iterations,
+            stalled=self.stalled(state), recovers=self.recovers,
+        )  # fmt: skip
+
+    def visited(self, state: Any) -> Tensor:
+        """The iterate to hand out ``(L, n)``: the next point, or the last accepted one where points are only trials."""
+        return state.b
+
+    def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
+        """The ``steps`` points visited after ``b``, each ``(B, *)``; nothing is stopped early, no row is dropped.
+
+        Where gradients are on, they are on the graph of ``b``, of the objective's and of the solver's parameters, and
+        can be differentiated through (``unroll`` says how far). Where they are off, no graph is built.
+        """
+        graph, shape = torch.is_grad_enabled(), b.shape
+        state: Any = None
+        for k in range(self.steps):
+            # Not around the yield: between iterates the caller's own modes hold.
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
+                if not graph and state is None:
+                    a, b = map_leaves(ordinary, a), ordinary(b)
+                follow = graph and (self.unroll is None or k >= self.steps - self.unroll)
+                at = self._flat(b) if state is None else state.b
+                value, grad = value_and_grad(problem, self._shaped(at, shape), a, create_graph=follow)
+                check_value(value, b)
+                value, grad = value if follow else value.detach(), self._flat(grad)
+                state = self.init(at, value, grad) if state is None else self.step(state, value, grad)
+                point = self._shaped(self.visited(state), shape)
+            yield point
