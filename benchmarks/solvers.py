@@ -5,8 +5,9 @@
 ``pip install amortized[benchmarks]`` brings them.
 
 The clock is the process's CPU time, so that other work on the machine weighs on both sides alike, with every thread
-pool set to one. Warm: compilation comes before the timing, and is stated. Rivals in JAX are tuned in chunk size and
-tolerance; loops over single instances are timed on a few of them. A ratio above 1 means we are faster.
+pool set to one; beside clarabel in two processes it is the wall's, on both sides. Warm: compilation comes before the
+timing, and is stated. Rivals in JAX are tuned in chunk size and tolerance; loops over single instances are timed on a
+few of them. A ratio above 1 means we are faster.
 """
 
 from __future__ import annotations
@@ -116,14 +117,14 @@ class Rate(NamedTuple):
     note: str = ""
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median CPU time of a call, after one to warm up."""
+def seconds(run: Callable[[], Any], repeats: int, clock: Callable[[], float] = time.process_time) -> float:
+    """Median time of a call, CPU time unless another clock is given, after one call to warm up."""
     run()
     taken = []
     for _ in range(repeats):
-        start = time.process_time()
+        start = clock()
         run()
-        taken.append(time.process_time() - start)
+        taken.append(clock() - start)
     return statistics.median(taken)
 
 
@@ -407,19 +408,14 @@ def solve_programs(solver: QPSolver, rows: slice) -> None:
 def clarabel_halves(repeats: int) -> float:
     """Median wall-clock seconds for the 833 programs by clarabel in two processes, warm."""
     solver, halves = QPSolver("clarabel"), (slice(0, 417), slice(417, 833))
-    taken = []
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        pool.starmap(solve_programs, [(solver, slice(0, 2))] * 4, chunksize=1)
-        for _ in range(repeats):
-            start = time.time()
-            pool.starmap(solve_programs, [(solver, half) for half in halves], chunksize=1)
-            taken.append(time.time() - start)
-    return statistics.median(taken)
+        work = [(solver, half) for half in halves]
+        return seconds(lambda: pool.starmap(solve_programs, work, chunksize=1), repeats, time.perf_counter)
 
 
 def quadratic_programs(add: Callable[..., None], repeats: int) -> None:
     """The rows of DC3's convex programs."""
-    programs = ConvexDC3()
+    programs = dc3_programs()
     solver, zero = ADMM(), torch.zeros(833, 100, dtype=torch.float64)
     found, dual = solver.solve_with_duals(programs, programs.x, zero)
     proof = solver.certify(programs, programs.x, found.b, dual)
@@ -431,12 +427,7 @@ def quadratic_programs(add: Callable[..., None], repeats: int) -> None:
         add("DC3 programs / OSQP loop", theirs / taken, 15, f"theirs {theirs:.3f} s, residual {worst:.1e}")
         theirs = clarabel_halves(3)
         busy = f"load {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} allowed cores"
-        walls = []
-        for _ in range(repeats):
-            start = time.time()
-            solver.solve(programs, programs.x, zero)
-            walls.append(time.time() - start)
-        wall = statistics.median(walls)
+        wall = seconds(lambda: solver.solve(programs, programs.x, zero), repeats, time.perf_counter)
         detail = f"theirs {theirs:.3f} s, ours {wall:.3f} s on the wall in one process, {busy}"
         add("DC3 programs / clarabel, 2 processes", theirs / wall, 1, detail)
     except ModuleNotFoundError as error:
