@@ -120,7 +120,9 @@ def _cause(message: str) -> str:
     classes = [cls for base in _bases() for cls in _subclasses(base)]
     if name := re.search(r"Expected a dot import path string: (\S+)", text):
         text = f"there is no class {name[1]!r}{_close(name[1], [cls.__name__ for cls in classes])}"
-    elif name := re.search(r"Option '(\w+)' is not accepted", text):
+    elif (
+        name := re.search(r"Option '(\w+)' is not accepted", text)
+    ) and "did you mean" not in text:  # by a parser inside
         text += _close(name[1], {parameter for cls in classes for parameter in inspect.signature(cls).parameters})
     return f"{setting}: {text}" if setting else text
 
