@@ -374,21 +374,25 @@ def test_an_objective_that_cannot_be_traced_is_left_as_it_is() -> None:
     assert found.converged.all()
 
 
+forms = 1.0
+
+
 class Transformed:
-    """Its minimum is ``transforms`` times the context: an attribute that may change from one solve to the next."""
+    """Its minimum is ``transforms * forms`` times the context: an attribute and a global that may change between solves."""
 
     transforms = 1.0
 
     def objective(self, b: Tensor, a: Tensor) -> Tensor:
-        return (b - self.transforms * a).square().sum(1)
+        return (b - self.transforms * forms * a).square().sum(1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", [BFGS(compile=True), LBFGS(dense=0, compile=True)], ids=lambda s: type(s).__name__)
-def test_compiled_rounds_follow_the_problem(solver: Solver) -> None:
+def test_compiled_rounds_follow_the_problem(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     problem, a = Transformed(), torch.arange(12.0, dtype=torch.float64).reshape(6, 2)
-    for factor in (1.0, 2.0, 3.0):
+    for factor, other in ((1.0, 1.0), (2.0, 1.0), (2.0, 3.0)):
         problem.transforms = factor
-        torch.testing.assert_close(solver.solve(problem, a, torch.zeros_like(a)).b, factor * a)
+        monkeypatch.setitem(globals(), "forms", other)
+        torch.testing.assert_close(solver.solve(problem, a, torch.zeros_like(a)).b, factor * other * a)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -103,8 +104,8 @@ def _compiler(tiny: bool, forms: Any) -> tuple[Some, Tell]:
 
 
 def _but_forms(guards: Any) -> list[bool]:
-    """Which guards to keep: not those on the forms, as each of them has compiled code of its own."""
-    return [not guard.name.startswith("L['forms']") for guard in guards]
+    """Which guards to keep: not those on the local ``forms``, hundreds of them, as each has compiled code of its own."""
+    return [guard.is_global or not re.match(r"(type\()?forms\b", guard.name) for guard in guards]
 
 
 _UNTRACEABLE: set[type] = set()
