@@ -1,5 +1,6 @@
 """Solvers × problems × known minima, and what every solver promises about rows."""
 
+import logging
 import math
 import shutil
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from amortized.solvers import BFGS, LBFGS, Adam, GradientDescent, Solver, Status
+from amortized.solvers.compiled import _compiler
 from amortized.solvers.tune import STEP_SIZES, adams, descents, tune
 
 
@@ -396,3 +398,30 @@ def test_compiled_rounds_follow_the_problem(solver: Solver, monkeypatch: pytest.
         problem.transforms = factor
         monkeypatch.setitem(globals(), "forms", other)
         torch.testing.assert_close(solver.solve(problem, a, torch.zeros_like(a)).b, factor * other * a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [BFGS(compile=True), LBFGS(dense=0, compile=True)], ids=lambda s: type(s).__name__)
+def test_another_n_keeps_its_sizes(solver: Solver) -> None:
+    """Sizes that vary only from one n to the next are constants of each one's code: the rows of a batch alone are not."""
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    torch._dynamo.reset()
+    _compiler.cache_clear()
+    symbols = []
+    handler = logging.Handler()
+    handler.emit = lambda record: symbols.append(record.getMessage())
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        for n in (2, 4):
+            a = torch.arange(6.0 * n, dtype=torch.float64).reshape(6, n)
+            assert solver.solve(Transformed(), a, torch.zeros_like(a)).converged.all()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    created = [message for message in symbols if message.startswith("create_symbol")]
+    assert created
+    assert all(" = 6 for " in message for message in created)

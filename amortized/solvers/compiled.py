@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 import warnings
@@ -76,8 +77,11 @@ Tell: TypeAlias = Callable[["GradientSolver", "Rows", Tensor, Tensor], "Rows"]
 
 
 @functools.cache
-def _compiler(tiny: bool, forms: Any) -> tuple[Some, Tell]:
-    """Rounds as one graph, with how many rows then run, and what follows from an evaluation: compiled on first use."""
+def _compiler(n: int, tiny: bool, forms: Any) -> tuple[Some, Tell]:
+    """Rounds as one graph, with how many rows then run, and what follows from an evaluation: compiled on first use.
+
+    Of each n its own: sizes that are known make the faster code.
+    """
 
     def some(
         solver: GradientSolver, problem: Any, a: Context, packed: Any, shape: tuple[int, ...]
@@ -96,10 +100,14 @@ def _compiler(tiny: bool, forms: Any) -> tuple[Some, Tell]:
     def tell(solver: GradientSolver, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
         return solver.tell(rows, value, grad)
 
+    # The compiler remembers by name which sizes have varied: under one name, a second n would make all of them vary.
+    number = next(_NUMBER)
+    for function in (some, tell):
+        function.__code__ = function.__code__.replace(co_name=f"{function.__name__}_{number}")
     # Explicit vectors make the many comparisons of a line search slower: their masks are converted back and forth.
     options: Any = {"cpp.simdlen": 1, "realize_reads_threshold": 2} if tiny else {}
     options |= {"size_asserts": False, "guard_filter_fn": _but_forms}
-    compile = functools.partial(torch.compile, fullgraph=True, recompile_limit=64, isolate_recompiles=True)
+    compile = functools.partial(torch.compile, fullgraph=True, recompile_limit=64)
     return compile(some, options=options), compile(tell)
 
 
@@ -108,6 +116,7 @@ def _but_forms(guards: Any) -> list[bool]:
     return [guard.is_global or not re.match(r"(type\()?forms\b", guard.name) for guard in guards]
 
 
+_NUMBER = itertools.count()
 _UNTRACEABLE: set[type] = set()
 
 
@@ -115,7 +124,8 @@ def compiled_rounds(
     solver: GradientSolver, problem: Problem, a: Context, packed: Any, forms: Any, shape: torch.Size, enough: int
 ) -> Any:
     """Rounds until at most ``enough`` rows are running, compiled for any number of rows above one."""
-    some, tell = _compiler(solver.tiny(math.prod(shape[1:])), forms)
+    n = math.prod(shape[1:])
+    some, tell = _compiler(n, solver.tiny(n), forms)
     for x in leaves(a):
         torch._dynamo.maybe_mark_dynamic(x, 0)
     left = int((shown(packed, forms).status == Status.RUNNING).sum())
