@@ -321,11 +321,12 @@ class GradientSolver(RowSolver):
         return self.tell(rows, value, self._flat(grad))
 
     def pack(self, rows: Rows) -> tuple[Any, Any]:
-        """As :meth:`RowSolver.pack`; where rounds are compiled copies, and :class:`Packed` where rows are last."""
+        """As :meth:`RowSolver.pack`; where rounds are compiled copies, and :class:`Packed` where rows are tiny and last."""
         if not self.compiled:
             return rows, None
         # Fresh rows share memory in places, which would compile anew; copies look like all others.
-        copies, forms = pack(rows) if self.axis else (map_leaves(_copy, rows), None)
+        packed = self.axis and self.tiny(len(rows.b))
+        copies, forms = pack(rows) if packed else (map_leaves(_copy, rows), None)
         for x in leaves(copies):
             torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if self.axis else 0)
         return copies, forms
