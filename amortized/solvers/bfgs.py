@@ -35,10 +35,10 @@ class BFGS(QuasiNewton):
     axis = -1
 
     def num_lanes(self, b: Tensor) -> int:
-        """Rows whose matrices take 4 MB: many enough that leaving the compiled code costs little, few enough for a cache."""
+        """Rows whose matrices take 2 MB: many enough that leaving the compiled code costs little, few enough for a cache."""
         if self.lanes or b.is_cuda:
             return self.lanes or len(b)
-        return min(4096, max(64, 2**22 // (b[0].numel() ** 2 * b.element_size())))
+        return min(4096, max(64, 2**21 // (b[0].numel() ** 2 * b.element_size())))
 
     def ignorant(self, b: Tensor) -> Matrix:
         """H = 1."""
