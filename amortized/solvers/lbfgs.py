@@ -89,7 +89,7 @@ class LBFGS(QuasiNewton):
         if self.lanes or b.is_cuda:
             return self.lanes or len(b)
         size = b[0].numel() * 2 * self.memory * b.element_size()
-        return max(64, 5 * 2**20 // size)
+        return max(64, 2**22 // size)
 
     def ignorant(self, b: Tensor) -> Pairs:
         """No pairs: slots without weight."""
@@ -148,13 +148,11 @@ class LBFGS(QuasiNewton):
 
 
 def _replace(history: Tensor, slot: Tensor, s: Tensor, y: Tensor, here: Tensor) -> Tensor:
-    """The history with the pair in the slots that ``here`` ``(L, m)`` names; in place where that is faster."""
-    if (
-        torch.is_grad_enabled() or torch.compiler.is_compiling()
-    ):  # a compiler writes it once; in place it copies it twice
+    """The history with the pair in the slots that ``here`` ``(L, m)`` names, in place where nothing is differentiated."""
+    if torch.is_grad_enabled():
         halves = history.unflatten(1, (2, -1))
         return torch.where(here[:, None, :, None], torch.stack([s, y], 1).unsqueeze(2), halves).flatten(1, 2)
-    m, rows, keep = history.shape[1] // 2, torch.arange(len(s), device=s.device), ~here.any(1, keepdim=True)
-    s, y = torch.where(keep, history[rows, slot], s), torch.where(keep, history[rows, slot + m], y)
-    history[rows, slot], history[rows, slot + m] = s, y
+    # One write, not two: of two, the compiler makes a copy of the history in between.
+    row, slots = torch.arange(len(s), device=s.device).unsqueeze(1), torch.stack([slot, slot + here.shape[1]], 1)
+    history[row, slots] = torch.where(here.any(1)[:, None, None], torch.stack([s, y], 1), history[row, slots])
     return history
