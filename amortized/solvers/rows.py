@@ -324,7 +324,8 @@ class GradientSolver(RowSolver):
         """As :meth:`RowSolver.pack`; where rounds are compiled copies, and :class:`Packed` where rows are tiny and last."""
         if not self.compiled:
             return rows, None
-        # Fresh rows share memory in places, which would compile anew; copies look like all others.
+        # Fresh rows share memory in places, which would compile anew; copies look like all others. Packing larger rows
+        # would copy an H in every round.
         packed = self.axis and self.tiny(len(rows.b))
         copies, forms = pack(rows) if packed else (map_leaves(_copy, rows), None)
         for x in leaves(copies):
