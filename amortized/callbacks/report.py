@@ -245,7 +245,7 @@ class Report(Callback):
         for name, figure in self._pictures(pl_module, budget, directory).items():
             path = pictures[name] = directory / "pictures" / f"{name}.png"
             path.parent.mkdir(exist_ok=True)
-            figure.savefig(path, dpi=120)
+            figure.savefig(path, dpi=120, bbox_inches="tight")
         html = directory / "report.html"
         html.write_text(self._page(found, pictures, directory, pl_module), encoding="utf-8")
         for logger in trainer.loggers:
