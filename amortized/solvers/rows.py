@@ -11,7 +11,7 @@ rows pay back. For a single problem use SciPy.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -210,14 +210,13 @@ class RowSolver(Solver):
             rows, rounds = self.advance(problem, a, rows, b.shape), rounds + 1
             if trace is not None:
                 trace(int(rows.evaluations.max()), rows.value)
-        everything = torch.arange(len(b), device=b.device)
-        found = _empty(b, len(b))
-        self._store(found, everything, rows, everything)
-        return found
+        return self._solution(rows[:-1], b.shape)
 
     def _solve(self, problem: Problem, a: Context, b: Tensor) -> Solution:
         size, begun = len(b), min(self.num_lanes(b), len(b))
-        found, width = _empty(b, size), begun
+        width = begun
+        places: list[Tensor] = []
+        answers: list[list[Tensor]] = []
         place = torch.arange(begun, device=b.device)
         here = take(a, slice(0, begun)) if begun < size else a
         rows, forms = self.pack(self.begin(problem, here, b[:begun]))
@@ -228,7 +227,8 @@ class RowSolver(Solver):
             seen = shown(rows, forms)
             running = seen.status == Status.RUNNING
             ended, index = (~running).nonzero()[:, 0], running.nonzero()[:, 0]
-            self._store(found, place[ended], seen, ended)
+            places.append(place[ended])
+            answers.append([x.index_select(self.axis, ended) for x in seen[:-1]])
             if len(index) or begun < size:
                 rows, here = self._keep(rows, index), take(here, index)
             place = place[index]
@@ -238,18 +238,18 @@ class RowSolver(Solver):
                 rows = _cat(rows, self.pack(self.begin(problem, more, b[new]))[0], self.axis)
                 here, begun = _cat(here, more, 0), new.stop
                 place = torch.cat([place, torch.arange(new.start, new.stop, device=b.device)])
-        return found
+        order = torch.cat(places).argsort()
+        parts = zip(*answers, strict=True)
+        return self._solution([torch.cat(part, self.axis).index_select(self.axis, order) for part in parts], b.shape)
 
     def _keep(self, rows: Any, index: Tensor) -> Any:
         return map_leaves(lambda x: x.index_select(self.axis, index), rows)
 
-    def _store(self, found: Solution, place: Tensor, rows: Rows, index: Tensor) -> None:
-        *values, _ = rows
-        b, value, residual, _, iterations, evaluations, _, status = (x.index_select(self.axis, index) for x in values)
-        b = b if self.axis == 0 else b.movedim(-1, 0)
-        answers = (b.reshape(len(place), *found.b.shape[1:]), value, residual, iterations, evaluations, status)
-        for into, answer in zip(found, answers, strict=True):
-            into[place] = answer.to(into.dtype)
+    def _solution(self, rows: Sequence[Tensor], shape: torch.Size) -> Solution:
+        b, value, residual, _, iterations, evaluations, _, status = rows
+        b = (b if self.axis == 0 else b.movedim(-1, 0)).reshape(shape)
+        counts = (x.to(torch.int64) for x in (iterations, evaluations, status))
+        return Solution(b.clone(memory_format=torch.contiguous_format), value, residual, *counts)
 
 
 def _cat(x: Any, y: Any, axis: int) -> Any:
@@ -263,9 +263,9 @@ def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _empty(b: Tensor, size: int = 0) -> Solution:
-    value, count = b.new_empty(size), torch.empty(size, dtype=torch.int64, device=b.device)
-    return Solution(b.new_empty((size, *b.shape[1:])), value, value.clone(), count, count.clone(), count.clone())
+def _empty(b: Tensor) -> Solution:
+    value, count = b.new_empty(0), torch.empty(0, dtype=torch.int64, device=b.device)
+    return Solution(b, value, value.clone(), count, count.clone(), count.clone())
 
 
 class GradientSolver(RowSolver):
