@@ -353,7 +353,7 @@ def test_compiled_rounds_agree(solver: Solver) -> None:
         pytest.skip("torch.compile needs a C++ compiler")
     a, b = valleys()
     eager = type(solver)().solve(Rosenbrock(), a, b)
-    for size in (40, 23):
+    for size in (40, 23, 1):
         found = solver.solve(Rosenbrock(), a[:size], b[:size])
         assert torch.equal(found.converged, eager.converged[:size])
         torch.testing.assert_close(found.b, eager.b[:size], atol=1e-5, rtol=0)

@@ -123,7 +123,7 @@ _UNTRACEABLE: set[type] = set()
 def compiled_rounds(
     solver: GradientSolver, problem: Problem, a: Context, packed: Any, forms: Any, shape: torch.Size, enough: int
 ) -> Any:
-    """Rounds until at most ``enough`` rows are running, compiled for any number of rows above one."""
+    """Rounds until at most ``enough`` rows are running, compiled for any number of rows but one."""
     n = math.prod(shape[1:])
     some, tell = _compiler(n, solver.tiny(n), forms)
     for x in leaves(a):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from amortized.problem import CommonDraws, Context, Problem, is_random, leaves, map_leaves, take, value_and_grad
 from amortized.solvers.base import Solution, Solver, Status, Trace, check_value, ordinary, tolerance
-from amortized.solvers.compiled import compiled_rounds, pack, shown, unpack
+from amortized.solvers.compiled import compiled_rounds, pack, shown
 
 
 class State(Protocol):
@@ -333,11 +333,15 @@ class GradientSolver(RowSolver):
         return copies, forms
 
     def rounds(self, problem: Problem, a: Context, rows: Any, forms: Any, shape: torch.Size, enough: int) -> Any:
-        """As :meth:`RowSolver.rounds`; compiled where that is asked for and there is more than one row."""
-        if self.compiled and shape[0] > 1:
+        """As :meth:`RowSolver.rounds`; compiled where that is asked for."""
+        if not self.compiled:
+            return super().rounds(problem, a, rows, forms, shape, enough)
+        if shape[0] > 1:
             return compiled_rounds(self, problem, a, rows, forms, shape, enough)
-        rows = super().rounds(problem, a, unpack(rows, forms), None, shape, enough)
-        return self.pack(rows)[0]
+        # Of a single row the compiler would make a special case, compiled anew.
+        twice = torch.zeros(2, dtype=torch.int64, device=leaves(rows)[0].device)
+        rows, shape = self._keep(rows, twice), torch.Size((2, *shape[1:]))
+        return self._keep(compiled_rounds(self, problem, take(a, twice), rows, forms, shape, enough), twice[:1])
 
     def between(self, rows: Rows) -> int:
         """As :meth:`RowSolver.between`; more compiled rounds of few numbers, where a call costs as much as a round."""
