@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from amortized.problem import Context, Problem, leaves, map_leaves, value_and_grad
+from amortized.problem import Context, Problem, leaves, map_leaves, take, value_and_grad
 from amortized.solvers.base import Status
 
 if TYPE_CHECKING:
@@ -123,7 +123,14 @@ _UNTRACEABLE: set[type] = set()
 def compiled_rounds(
     solver: GradientSolver, problem: Problem, a: Context, packed: Any, forms: Any, shape: torch.Size, enough: int
 ) -> Any:
-    """Rounds until at most ``enough`` rows are running, compiled for any number of rows but one."""
+    """Rounds until at most ``enough`` rows are running, compiled once for any number of rows.
+
+    A single row runs as two: the compiler would make it a case of its own.
+    """
+    if shape[0] == 1:
+        twice = torch.zeros(2, dtype=torch.int64, device=leaves(packed)[0].device)
+        packed, a, shape = solver._keep(packed, twice), take(a, twice), torch.Size((2, *shape[1:]))
+        return solver._keep(compiled_rounds(solver, problem, a, packed, forms, shape, enough), twice[:1])
     n = math.prod(shape[1:])
     some, tell = _compiler(n, solver.tiny(n), forms)
     for x in leaves(a):

@@ -334,14 +334,9 @@ class GradientSolver(RowSolver):
 
     def rounds(self, problem: Problem, a: Context, rows: Any, forms: Any, shape: torch.Size, enough: int) -> Any:
         """As :meth:`RowSolver.rounds`; compiled where that is asked for."""
-        if not self.compiled:
-            return super().rounds(problem, a, rows, forms, shape, enough)
-        if shape[0] > 1:
+        if self.compiled:
             return compiled_rounds(self, problem, a, rows, forms, shape, enough)
-        # Of a single row the compiler would make a special case, compiled anew.
-        twice = torch.zeros(2, dtype=torch.int64, device=leaves(rows)[0].device)
-        rows, shape = self._keep(rows, twice), torch.Size((2, *shape[1:]))
-        return self._keep(compiled_rounds(self, problem, take(a, twice), rows, forms, shape, enough), twice[:1])
+        return super().rounds(problem, a, rows, forms, shape, enough)
 
     def between(self, rows: Rows) -> int:
         """As :meth:`RowSolver.between`; more compiled rounds of few numbers, where a call costs as much as a round."""
