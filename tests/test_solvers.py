@@ -359,20 +359,52 @@ def test_compiled_rounds_agree(solver: Solver) -> None:
         torch.testing.assert_close(found.b, eager.b[:size], atol=1e-5, rtol=0)
 
 
+class Valleys(Rosenbrock):
+    """Several of them in a row, which share its context."""
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        pairs = b.unflatten(1, (-1, 2)).flatten(0, 1)
+        return super().objective(pairs, a.repeat_interleave(b.shape[1] // 2, 0)).unflatten(0, (len(b), -1)).sum(1)
+
+
+class Untraceable(Valleys):
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        if bool((b.detach() < -1e9).any()):  # a branch on data
+            return super().objective(-b, a)
+        return super().objective(b, a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", [Valleys(), Untraceable()], ids=lambda p: type(p).__name__)
+@pytest.mark.filterwarnings("ignore:Untraceable.objective stays uncompiled")
+def test_pairs_that_wait_are_in_the_matrix_too(problem: Valleys) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    a, b = valleys()[0], 2 * torch.randn(40, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    eager = BFGS().solve(problem, a, b)
+    assert eager.converged.all()
+    for solver in (BFGS(compile=True), BFGS(compile=True, lanes=16)):
+        found = solver.solve(problem, a, b)
+        assert found.converged.all()
+        torch.testing.assert_close(found.b, eager.b, atol=1e-5, rtol=0)
+        assert (found.evaluations - eager.evaluations).abs().double().mean() < 1
+    traced: list[int] = []
+    found = BFGS(compile=True).solve(problem, a, b, trace=lambda evaluations, value: traced.append(evaluations))
+    torch.testing.assert_close(found.b, eager.b, atol=1e-5, rtol=0)
+    assert max(traced) == found.evaluations.max()
+
+
 @pytest.mark.slow
 def test_an_objective_that_cannot_be_traced_is_left_as_it_is() -> None:
     if shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
 
-    class Untraceable(Rosenbrock):
-        def objective(self, b: Tensor, a: Tensor) -> Tensor:
-            if bool((b.detach() < -1e9).any()):  # a branch on data
-                return super().objective(-b, a)
-            return super().objective(b, a)
+    class Branching(Untraceable):
+        """A class of its own, as each warns once."""
 
     a, b = valleys()
-    with pytest.warns(UserWarning, match="Untraceable.objective stays uncompiled"):
-        found = BFGS(compile=True).solve(Untraceable(), a, b)
+    with pytest.warns(UserWarning, match="Branching.objective stays uncompiled"):
+        found = BFGS(compile=True).solve(Branching(), a, b)
     assert found.converged.all()
 
 

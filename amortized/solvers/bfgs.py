@@ -11,13 +11,14 @@ from amortized.solvers.quasi_newton import QuasiNewton, Walk
 
 
 class Matrix(NamedTuple):
-    """H as ``keep K + one 1 + s vᵀ + v sᵀ``: the last terms wait, so that one pass over K adds them and multiplies."""
+    """H as ``keep K + one 1 + sum_i (s_i v_iᵀ + v_i s_iᵀ)``: the last terms wait, as each pass over K takes long."""
 
     k: Tensor
     """``(n, n, L)``, symmetric: with rows last, sums over a small n run along whole rows of memory."""
     keep: Tensor
     one: Tensor
     s: Tensor
+    """``(p, n, L)``: the latest p."""
     v: Tensor
 
 
@@ -35,29 +36,42 @@ class BFGS(QuasiNewton):
     axis = -1
 
     def num_lanes(self, b: Tensor) -> int:
-        """Rows whose matrices take 2 MB: many enough that leaving the compiled code costs little, few enough for a cache."""
+        """Rows whose matrices take 2 MB: enough of them to pay for a round's dispatch, few enough for a cache.
+
+        Compiled rounds cost less to call, and take 1 MB.
+        """
         if self.lanes or b.is_cuda:
             return self.lanes or len(b)
-        return min(4096, max(64, 2**21 // (b[0].numel() ** 2 * b.element_size())))
+        n = b[0].numel()
+        size = 2**20 if self.compiled and not self.tiny(n) else 2**21
+        return min(4096, max(64, size // (n**2 * b.element_size())))
+
+    def together(self, n: int) -> int:
+        """As in the base class; two of a larger K, which is then read more often than written."""
+        return super().together(n) if self.tiny(n) else 2
+
+    def waiting(self, n: int) -> int:
+        """How many pairs wait before they are added to K: as many as a graph of a larger K has rounds."""
+        return self.together(n) if self.compiled and not self.tiny(n) else 1
 
     def ignorant(self, b: Tensor) -> Matrix:
         """H = 1."""
         n, size = b.shape
-        nothing, zero = torch.zeros_like(b), b.new_zeros(size)
+        nothing, zero = b.new_zeros(self.waiting(n), n, size), b.new_zeros(size)
         return Matrix(b.new_zeros(n, n, size), zero, zero + 1, nothing, nothing)
 
     def learn(
         self, walk: Walk, s: Tensor, y: Tensor, grad: Tensor, accepted: Tensor, paired: Tensor
     ) -> tuple[Matrix, Tensor]:
-        """Add the waiting terms to K, multiply, and let the new ones wait."""
-        k, keep, one, u, w = walk.curvature
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            eye = torch.eye(len(k), dtype=k.dtype, device=k.device).unsqueeze(2)
-            k = keep * k + one * eye + u.unsqueeze(1) * w + w.unsqueeze(1) * u
+        """Add the pairs that wait to K, if they are as many as may; multiply, and let the new one wait."""
+        H = walk.curvature
+        if len(H.s) == self.waiting(len(grad)):
+            H = _added(H)
+            h_grad = (H.k * grad).sum(1)
         else:
-            k.mul_(keep).addcmul_(u.unsqueeze(1), w).addcmul_(w.unsqueeze(1), u)
-            k.diagonal().add_(one.unsqueeze(1))
-        h_grad = (k * grad).sum(1)
+            h_grad = H.keep * (H.k * grad).sum(1) + H.one * grad
+        for u, w in zip(H.s, H.v, strict=True):
+            h_grad = h_grad + u * self.dot(w, grad) + w * self.dot(u, grad)
         sy = torch.where(paired, self.dot(s, y), 1)
         scale = torch.where(paired & walk.steepest, sy / self.dot(y, y), 1)
         h_grad = scale * h_grad
@@ -66,7 +80,9 @@ class BFGS(QuasiNewton):
         v = (0.5 * (1 + self.dot(y, h_y) / sy) / sy) * s - h_y / sy
         s, v = torch.where(paired, s, 0), torch.where(paired, v, 0)
         h_grad = h_grad + s * self.dot(v, grad) + v * self.dot(s, grad)
-        return Matrix(k, scale, torch.zeros_like(one), s, v), h_grad
+        # What is scaled is H = 1, with no pair waiting.
+        s, v = torch.cat([H.s, s.unsqueeze(0)]), torch.cat([H.v, v.unsqueeze(0)])
+        return Matrix(H.k, scale * H.keep, scale * H.one, s, v), h_grad
 
     def forget(self, curvature: Matrix, rows: Tensor) -> Matrix:
         """H = 1 in the named rows."""
@@ -74,3 +90,18 @@ class BFGS(QuasiNewton):
         return Matrix(
             k, torch.where(rows, 0, keep), torch.where(rows, 1, one), torch.where(rows, 0, s), torch.where(rows, 0, v)
         )
+
+
+def _added(H: Matrix) -> Matrix:
+    """H with nothing waiting: in K, in place where it can be."""
+    k, keep, one, s, v = H
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        eye = torch.eye(len(k), dtype=k.dtype, device=k.device).unsqueeze(2)
+        k = keep * k + one * eye
+        for u, w in zip(s, v, strict=True):
+            k = k + u.unsqueeze(1) * w + w.unsqueeze(1) * u
+    else:
+        k.mul_(keep).diagonal().add_(one.unsqueeze(1))
+        for u, w in zip(s, v, strict=True):
+            k.addcmul_(u.unsqueeze(1), w).addcmul_(w.unsqueeze(1), u)
+    return Matrix(k, torch.ones_like(keep), torch.zeros_like(one), s[:0], v[:0])

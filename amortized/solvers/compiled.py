@@ -105,8 +105,8 @@ def _compiler(n: int, tiny: bool, forms: Any) -> tuple[Some, Tell]:
     for function in (some, tell):
         function.__code__ = function.__code__.replace(co_name=f"{function.__name__}_{number}")
     # Explicit vectors make the many comparisons of a line search slower: their masks are converted back and forth.
-    options: Any = {"cpp.simdlen": 1, "realize_reads_threshold": 2} if tiny else {}
-    options |= {"size_asserts": False, "guard_filter_fn": _but_forms}
+    options: Any = {"cpp.simdlen": 1} if tiny else {}
+    options |= {"realize_reads_threshold": 2, "size_asserts": False, "guard_filter_fn": _but_forms}
     compile = functools.partial(torch.compile, fullgraph=True, recompile_limit=64)
     return compile(some, options=options), compile(tell)
 
@@ -148,6 +148,7 @@ def compiled_rounds(
             warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
     rows = unpack(packed, forms)
     while int((rows.status == Status.RUNNING).sum()) > enough:
-        value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
-        rows = tell(solver, rows, value, solver._flat(grad))
+        for _ in range(solver.between(rows)):
+            value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
+            rows = tell(solver, rows, value, solver._flat(grad))
     return solver.pack(rows)[0]

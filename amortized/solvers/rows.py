@@ -339,9 +339,12 @@ class GradientSolver(RowSolver):
         return super().rounds(problem, a, rows, forms, shape, enough)
 
     def between(self, rows: Rows) -> int:
-        """As :meth:`RowSolver.between`; more compiled rounds of few numbers, where a call costs as much as a round."""
-        tiny = self.tiny(rows.b.shape[self.across])
-        return max(super().between(rows), 4 if self.compiled and tiny else 1)
+        """As :meth:`RowSolver.between`; as many as are compiled together, where rounds are compiled."""
+        return max(super().between(rows), self.together(rows.b.shape[self.across]) if self.compiled else 1)
+
+    def together(self, n: int) -> int:
+        """Rounds of n numbers compiled as one graph: more where a call costs as much as a round."""
+        return 4 if self.tiny(n) else 1
 
     def tiny(self, n: int) -> bool:
         """Whether rows of n numbers have so few that a compiler unrolls every sum over them."""
