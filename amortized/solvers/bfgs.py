@@ -38,20 +38,19 @@ class BFGS(QuasiNewton):
     def num_lanes(self, b: Tensor) -> int:
         """Rows whose matrices take 2 MB: enough of them to pay for a round's dispatch, few enough for a cache.
 
-        Compiled rounds cost less to call, and take 1 MB.
+        Half of that where a call makes two rounds of them.
         """
         if self.lanes or b.is_cuda:
             return self.lanes or len(b)
         n = b[0].numel()
-        size = 2**20 if self.compiled and not self.tiny(n) else 2**21
-        return min(4096, max(64, size // (n**2 * b.element_size())))
+        return min(4096, max(64, 2**21 // self.waiting(n) // (n**2 * b.element_size())))
 
     def together(self, n: int) -> int:
-        """As in the base class; two of a larger K, which is then read more often than written."""
-        return super().together(n) if self.tiny(n) else 2
+        """As in the base class; two at least, so that a larger K is read more often than written."""
+        return max(2, super().together(n))
 
     def waiting(self, n: int) -> int:
-        """How many pairs wait before they are added to K: as many as a graph of a larger K has rounds."""
+        """How many pairs wait before they are added to K: those of the rounds compiled together, if K is large."""
         return self.together(n) if self.compiled and not self.tiny(n) else 1
 
     def ignorant(self, b: Tensor) -> Matrix:

@@ -106,6 +106,7 @@ def _compiler(n: int, tiny: bool, forms: Any) -> tuple[Some, Tell]:
         function.__code__ = function.__code__.replace(co_name=f"{function.__name__}_{number}")
     # Explicit vectors make the many comparisons of a line search slower: their masks are converted back and forth.
     options: Any = {"cpp.simdlen": 1} if tiny else {}
+    # What is read twice is stored: else the flags of a row are worked out again for every number of its H.
     options |= {"realize_reads_threshold": 2, "size_asserts": False, "guard_filter_fn": _but_forms}
     compile = functools.partial(torch.compile, fullgraph=True, recompile_limit=64)
     return compile(some, options=options), compile(tell)

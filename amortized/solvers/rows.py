@@ -11,6 +11,7 @@ rows pay back. For a single problem use SciPy.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -339,8 +340,9 @@ class GradientSolver(RowSolver):
         return super().rounds(problem, a, rows, forms, shape, enough)
 
     def between(self, rows: Rows) -> int:
-        """As :meth:`RowSolver.between`; as many as are compiled together, where rounds are compiled."""
-        return max(super().between(rows), self.together(rows.b.shape[self.across]) if self.compiled else 1)
+        """As :meth:`RowSolver.between`; whole graphs of them, where rounds are compiled."""
+        together = self.together(rows.b.shape[self.across]) if self.compiled else 1
+        return together * math.ceil(super().between(rows) / together)
 
     def together(self, n: int) -> int:
         """Rounds of n numbers compiled as one graph: more where a call costs as much as a round."""
