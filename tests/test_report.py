@@ -236,12 +236,13 @@ def test_a_rival_that_never_reaches_the_network_says_so():
     assert summary["rows_never_reached"] == summary["rows_never_solved_cold"] == 1
     assert summary["equal_quality_ratio"] == summary["row_ratio_median"] == summary["evaluations_saved"] == math.inf
     gap = dict.fromkeys(("network", "reference", "mean", "median", "p95", "relative", "stderr", "noise"), math.nan)
-    gap |= {"total": 8.0, "converged": 0.0, "diverged": 1.0, "lost": 0.0}
+    gap |= {"total": 8.0, "converged": 0.0, "diverged": 1.0, "lost": 0.0, "relative": 16945.0}
     told = results(gap, found)
     check_schema(told)
     assert told["time"]["equal_quality_ratio"] is None
     assert "never" in table(told, "name", "objective")
     assert "100.0%" in table(told, "name", "objective")
+    assert "16,945x" in table(told, "name", "objective")
 
 
 def test_all_sides_have_the_same_draws_whatever_their_layout():

@@ -96,7 +96,7 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
         ("amortization gap, mean ± standard error", f"{_number(g['mean'])} ± {_number(g['stderr'])}"),
         ("                  median", _number(g["median"])),
         ("                  95th percentile", _number(g["p95"])),
-        ("                  relative", f"{g['relative']:.2%}" if g["relative"] is not None else "not finite"),
+        ("                  relative", _relative(g["relative"]) if g["relative"] is not None else "not finite"),
         ("rows converged", f"{r['converged']:.1%}"),
         ("rows diverged", f"{r['diverged']:.1%}"),
         ("rows where the cold solver lost to the network", f"{r['lost']:.1%}"),
@@ -164,7 +164,7 @@ def _title(found: dict[str, Any], name: str) -> str:
 def cards(found: dict[str, Any], objective: str) -> list[tuple[str, str, str]]:
     """The headline figures: what, value, and what else to know."""
     o, g, r, t = (found[group] for group in ("objective", "gap", "rows", "time"))
-    relative = f"{g['relative']:.2%} of the solver's {objective}; " if g["relative"] is not None else ""
+    relative = f"{_relative(g['relative'])} of the solver's {objective}; " if g["relative"] is not None else ""
     shown = [
         ("Amortization gap, mean", _number(g["mean"]), f"± {_number(g['stderr'])}; median {_number(g['median'])}"),
         ("Mean objective, network", _number(o["network"]), f"{objective}; solver {_number(o['solver'])}"),
@@ -199,6 +199,11 @@ def _number(value: float | None) -> str:
 
 def _count(value: float | None) -> str:
     return "never" if value is None else f"{value:.0f}"
+
+
+def _relative(value: float) -> str:
+    """A fraction in per cent, unless the solver reached so nearly zero that it is a multiple."""
+    return f"{value:.2%}" if abs(value) < 10 else f"{value:,.0f}x"
 
 
 def _ratio(value: float | None) -> str:
