@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amortized.solvers.quasi_newton import QuasiNewton, Walk
+from amortized.solvers.quasi_newton import Pair, QuasiNewton, Walk
 
 
 class Matrix(NamedTuple):
@@ -59,9 +59,7 @@ class BFGS(QuasiNewton):
         nothing, zero = b.new_zeros(self.waiting(n), n, size), b.new_zeros(size)
         return Matrix(b.new_zeros(n, n, size), zero, zero + 1, nothing, nothing)
 
-    def learn(
-        self, walk: Walk, s: Tensor, y: Tensor, grad: Tensor, accepted: Tensor, paired: Tensor
-    ) -> tuple[Matrix, Tensor]:
+    def learn(self, walk: Walk, pair: Pair, grad: Tensor, accepted: Tensor, paired: Tensor) -> tuple[Matrix, Tensor]:
         """Add the pairs that wait to K, if they are as many as may; multiply, and let the new one wait."""
         H = walk.curvature
         if len(H.s) == self.waiting(len(grad)):
@@ -71,17 +69,17 @@ class BFGS(QuasiNewton):
             h_grad = H.keep * (H.k * grad).sum(1) + H.one * grad
         for u, w in zip(H.s, H.v, strict=True):
             h_grad = h_grad + u * self.dot(w, grad) + w * self.dot(u, grad)
-        sy = torch.where(paired, self.dot(s, y), 1)
-        scale = torch.where(paired & walk.steepest, sy / self.dot(y, y), 1)
+        inverse = 1 / torch.where(paired, pair.sy, 1)
+        scale = torch.where(paired & walk.steepest, pair.sy / pair.yy, 1)
         h_grad = scale * h_grad
         # H y is the change of H g, and H g was minus the direction at the point before.
         h_y = h_grad.detach() + scale * walk.direction.detach()
-        v = (0.5 * (1 + self.dot(y, h_y) / sy) / sy) * s - h_y / sy
-        s, v = torch.where(paired, s, 0), torch.where(paired, v, 0)
-        h_grad = h_grad + s * self.dot(v, grad) + v * self.dot(s, grad)
+        v = inverse * ((0.5 + 0.5 * inverse * self.dot(pair.y, h_y)) * pair.s - h_y)
+        s, v = torch.where(paired, pair.s, 0), torch.where(paired, v, 0)
+        h_grad = h_grad + s * self.dot(v, grad) + v * pair.sg
         # What is scaled is H = 1, with no pair waiting.
         s, v = torch.cat([H.s, s.unsqueeze(0)]), torch.cat([H.v, v.unsqueeze(0)])
-        return Matrix(H.k, scale * H.keep, scale * H.one, s, v), h_grad
+        return Matrix(H.k, scale * H.keep, scale * H.one, s, v), -h_grad
 
     def forget(self, curvature: Matrix, rows: Tensor) -> Matrix:
         """H = 1 in the named rows."""

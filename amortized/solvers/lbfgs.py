@@ -10,7 +10,7 @@ from torch import Tensor
 from amortized.problem import Context, Problem
 from amortized.solvers.base import Solution, Trace
 from amortized.solvers.bfgs import BFGS
-from amortized.solvers.quasi_newton import QuasiNewton, Walk
+from amortized.solvers.quasi_newton import Pair, QuasiNewton, Walk
 
 
 class Pairs(NamedTuple):
@@ -98,43 +98,40 @@ class LBFGS(QuasiNewton):
         none = new(size, m, m)
         return Pairs(new(size, 2 * m, n), none, none, new(size, m), new(size, 2 * m), new(size) + 1, slot)
 
-    def learn(
-        self, walk: Walk, s: Tensor, y: Tensor, grad: Tensor, accepted: Tensor, paired: Tensor
-    ) -> tuple[Pairs, Tensor]:
-        """The pair in place of the oldest; H grad from two passes over the history."""
+    def learn(self, walk: Walk, pair: Pair, grad: Tensor, accepted: Tensor, paired: Tensor) -> tuple[Pairs, Tensor]:
+        """The pair in place of the oldest; -H grad from two passes over the history.
+
+        The slot of the oldest belongs to the pair of the row's next accepted trial, and has no weight until then.
+        """
         m, (history, inverse, gram, diagonal, old, scale, slot) = self.memory, walk.curvature
-        sy, yy = self.dot(s, y), self.dot(y, y)
         products = torch.bmm(history, grad.unsqueeze(2)).squeeze(2)
 
-        here = (torch.arange(m, device=s.device) == slot.unsqueeze(1)) & paired.unsqueeze(1)
+        here = torch.arange(m, device=grad.device) == slot.unsqueeze(1)
         row, column = here.unsqueeze(2), here.unsqueeze(1)
         # R loses the oldest row and column, and gains the new column [Sᵀy; sᵀy]; so does R⁻¹, in closed form.
         inverse = torch.where(row | column, 0, inverse)
         change = products.detach() - old
         s_y = torch.where(here, 0, change[:, :m])
-        y_y = torch.where(here, yy.unsqueeze(1), change[:, m:])
-        safe = torch.where(paired, sy, 1).unsqueeze(1)
-        new = torch.where(here, 1 / safe, -torch.bmm(inverse, s_y.unsqueeze(2)).squeeze(2) / safe)
+        y_y = torch.where(here, pair.yy.unsqueeze(1), change[:, m:])
+        sy = torch.where(paired, pair.sy, torch.inf).unsqueeze(1)
+        new = torch.where(here, 1.0, -torch.bmm(inverse, s_y.unsqueeze(2)).squeeze(2)) / sy
         inverse = torch.where(column, new.unsqueeze(2), inverse)
         gram = torch.where(row, y_y.unsqueeze(1), torch.where(column, y_y.unsqueeze(2), gram))
-        diagonal = torch.where(here, sy.unsqueeze(1), diagonal)
-        scale = torch.where(paired, sy / yy, scale)
-        pair = [
-            torch.where(here, self.dot(v, grad).unsqueeze(1), products[:, i * m : i * m + m])
-            for i, v in enumerate((s, y))
-        ]
-        p, q = pair
-        history = _replace(history, slot, s, y, here)
+        diagonal = torch.where(here, pair.sy.unsqueeze(1), diagonal)
+        scale = torch.where(paired, pair.sy / pair.yy, scale)
+        p = torch.where(here, pair.sg.unsqueeze(1), products[:, :m])
+        q = torch.where(here, self.dot(pair.y, grad).unsqueeze(1), products[:, m:])
+        history = _replace(history, slot, pair, here)
 
         alpha = torch.bmm(inverse, p.unsqueeze(2)).squeeze(2)
         inner = diagonal * alpha + scale.unsqueeze(1) * (torch.bmm(gram, alpha.unsqueeze(2)).squeeze(2) - q)
         delta = torch.bmm(inner.unsqueeze(1), inverse).squeeze(1)
-        coefficients = torch.cat([delta, -scale.unsqueeze(1) * alpha], 1)
-        h_grad = scale.unsqueeze(1) * grad + torch.bmm(coefficients.unsqueeze(1), history).squeeze(1)
+        coefficients = torch.cat([-delta, scale.unsqueeze(1) * alpha], 1)
+        downhill = torch.bmm(coefficients.unsqueeze(1), history).squeeze(1) - scale.unsqueeze(1) * grad
 
-        products = torch.where(accepted.unsqueeze(1), torch.cat(pair, 1).detach(), old)
+        products = torch.where(accepted.unsqueeze(1), torch.cat([p, q], 1).detach(), old)
         slot = torch.where(paired, (slot + 1) % m, slot)
-        return Pairs(history, inverse, gram, diagonal, products, scale, slot), h_grad
+        return Pairs(history, inverse, gram, diagonal, products, scale, slot), downhill
 
     def forget(self, curvature: Pairs, rows: Tensor) -> Pairs:
         """The pairs stay, without weight."""
@@ -147,12 +144,12 @@ class LBFGS(QuasiNewton):
         )
 
 
-def _replace(history: Tensor, slot: Tensor, s: Tensor, y: Tensor, here: Tensor) -> Tensor:
+def _replace(history: Tensor, slot: Tensor, pair: Pair, here: Tensor) -> Tensor:
     """The history with the pair in the slots that ``here`` ``(L, m)`` names, in place where nothing is differentiated."""
+    latest = torch.stack([pair.s, pair.y], 1)
     if torch.is_grad_enabled():
-        halves = history.unflatten(1, (2, -1))
-        return torch.where(here[:, None, :, None], torch.stack([s, y], 1).unsqueeze(2), halves).flatten(1, 2)
+        return torch.where(here[:, None, :, None], latest.unsqueeze(2), history.unflatten(1, (2, -1))).flatten(1, 2)
     # One write, not two: of two, the compiler makes a copy of the history in between.
-    row, slots = torch.arange(len(s), device=s.device).unsqueeze(1), torch.stack([slot, slot + here.shape[1]], 1)
-    history[row, slots] = torch.where(here.any(1)[:, None, None], torch.stack([s, y], 1), history[row, slots])
+    row, slots = torch.arange(len(slot), device=slot.device).unsqueeze(1), torch.stack([slot, slot + here.shape[1]], 1)
+    history[row, slots] = latest
     return history

@@ -79,7 +79,6 @@ def _between(lo: Tensor, value_lo: Tensor, slope_lo: Tensor, hi: Tensor, value_h
     width = hi - lo
     d1 = slope_lo + slope_hi - 3 * (value_hi - value_lo) / width
     d2 = (d1 * d1 - slope_lo * slope_hi).clamp(min=0).sqrt()
-    cubic = hi - width * (slope_hi + d2 - d1) / (slope_hi - slope_lo + 2 * d2)
-    share = ((cubic - lo) / width).clamp(0.1, 0.9)
+    share = (1 - (slope_hi + d2 - d1) / (slope_hi - slope_lo + 2 * d2)).clamp(0.1, 0.9)
     share = torch.where(share.isfinite(), share, 0.5)
     return lo + width * torch.where(value_hi.isfinite(), share, 0.1)

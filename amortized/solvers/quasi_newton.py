@@ -33,6 +33,20 @@ class Walk(NamedTuple):
     curvature: Any
 
 
+class Pair(NamedTuple):
+    """A step s, the change of the gradient y on it, and their products ``(L,)``.
+
+    Those with s come from the slopes of the line search, s being t times the direction: no pass over the rows.
+    """
+
+    s: Tensor
+    y: Tensor
+    sy: Tensor
+    yy: Tensor
+    sg: Tensor
+    """s times the gradient at its end, whose graph it is on."""
+
+
 class QuasiNewton(GradientSolver):
     r"""``b ← b − t H ∇L(b; a)``: H from the steps s and gradient changes y, t from a line search of each row's own.
 
@@ -71,10 +85,8 @@ class QuasiNewton(GradientSolver):
         """The curvature of rows at ``b`` before their first step, H = 1: a ``NamedTuple`` of row tensors."""
 
     @abc.abstractmethod
-    def learn(
-        self, walk: Walk, s: Tensor, y: Tensor, grad: Tensor, accepted: Tensor, paired: Tensor
-    ) -> tuple[Any, Tensor]:
-        """The curvature, with the pair ``(s, y)`` in the ``paired`` rows, and ``H grad`` with it.
+    def learn(self, walk: Walk, pair: Pair, grad: Tensor, accepted: Tensor, paired: Tensor) -> tuple[Any, Tensor]:
+        """The curvature, with the pair in the ``paired`` rows, and the direction ``-H grad`` with it.
 
         What it returns of the curvature may be written in place, unless gradients are on.
         """
@@ -102,26 +114,32 @@ class QuasiNewton(GradientSolver):
     def step(self, state: Walk, value: Tensor, grad: Tensor) -> Walk:
         """One look of the line search, and where it accepts, a new direction."""
         value, g = value.detach(), grad.detach()
-        slope = self.dot(g, state.direction.detach())
+        followed = self.dot(grad, state.direction.detach())
+        slope = followed.detach()
         noise = torch.finfo(g.dtype).eps ** (2 / 3) if self.noise is None else self.noise
         accepted, search = line_search.look(state.search, value, slope, state.value, state.slope, noise)
         given_up = ~accepted & (search.trials >= line_search.TRIALS)
 
-        s, y = state.b.detach() - state.point.detach(), g - state.grad.detach()
-        paired = accepted & (self.dot(s, y) > 1e-12 * (self.dot(s, s) * self.dot(y, y)).sqrt())
-        curvature, toward = self.learn(state, s, y, grad, accepted, paired)
-        direction = -toward
-        new_slope = self.dot(direction.detach(), g)
+        t, s, y = state.search.t, state.b.detach() - state.point.detach(), g - state.grad.detach()
+        pair = Pair(s, y, t * (slope - state.slope), self.dot(y, y), t * followed)
+        paired = accepted & (pair.sy > 0) & (pair.yy > 0)
+        curvature, downhill = self.learn(state, pair, grad, accepted, paired)
+        new_slope = self.dot(downhill.detach(), g)
         unfit = accepted & ~(new_slope < 0)
         restart = (given_up & ~state.steepest) | unfit
 
-        to, back = self.wide(accepted), self.wide(restart)
+        to = self.wide(accepted)
         point, point_grad = torch.where(to, state.b, state.point), torch.where(to, grad, state.grad)
         value = torch.where(accepted, value, state.value)
-        direction = torch.where(back, -point_grad, torch.where(to, direction, state.direction))
-        known = point_grad.detach()
-        slope = torch.where(restart, -self.dot(known, known), torch.where(accepted, new_slope, state.slope))
-        first = torch.where(restart, self.first_trial(known), 1.0)
+        direction = torch.where(to, downhill, state.direction)
+        slope = torch.where(accepted, new_slope, state.slope)
+        first = torch.ones_like(slope)
+        if not _surely_none(restart):
+            known = point_grad.detach()
+            direction = torch.where(self.wide(restart), -point_grad, direction)
+            slope = torch.where(restart, -self.dot(known, known), slope)
+            first = torch.where(restart, self.first_trial(known), first)
+            curvature = self.forget(curvature, restart)
         anew = line_search.start(first, value, slope)
         search = Search(*(torch.where(accepted | restart, p, q) for p, q in zip(anew, search, strict=True)))
         return Walk(
@@ -135,7 +153,7 @@ class QuasiNewton(GradientSolver):
             search=search,
             steepest=restart | (state.steepest & ~paired),
             stalled=given_up & state.steepest,
-            curvature=curvature if _surely_none(restart) else self.forget(curvature, restart),
+            curvature=curvature,
         )
 
     def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
