@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amortized.problem import Context, Problem, leaves, map_leaves, take, value_and_grad
 from amortized.solvers.base import Status
@@ -76,8 +78,34 @@ Some: TypeAlias = Callable[["GradientSolver", Any, Context, Any, tuple[int, ...]
 Tell: TypeAlias = Callable[["GradientSolver", "Rows", Tensor, Tensor], "Rows"]
 
 
+class _Numbers(TorchDispatchMode):
+    """Counts the numbers that are worked out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += sum(x.numel() for x in pytree.tree_leaves(out) if isinstance(x, Tensor) and not func.is_view)
+        return out
+
+
+def _vectors(problem: Problem, a: Context, b: Tensor, tiny: bool) -> bool:
+    """Whether explicit vectors pay: not where most of a round is the comparisons of line searches on a few numbers.
+
+    There the masks are converted back and forth, which takes longer than the numbers: twice as long on Rosenbrock's
+    function of 2 unknowns, whose objective and gradient work out 28 numbers. On a logistic regression of 2 unknowns, of
+    20 points and 198 numbers, vectors take 0.7 of the time.
+    """
+    kind = type(problem), b.shape[1:]
+    if tiny and kind not in _WORK:
+        with _Numbers() as numbers:
+            value_and_grad(problem, b, a)
+        _WORK[kind] = numbers.count / len(b)
+    return not tiny or _WORK[kind] > 100
+
+
 @functools.cache
-def _compiler(n: int, tiny: bool, forms: Any) -> tuple[Some, Tell]:
+def _compiler(n: int, vectors: bool, forms: Any) -> tuple[Some, Tell]:
     """Rounds as one graph, with how many rows then run, and what follows from an evaluation: compiled on first use.
 
     Of each n its own: sizes that are known make the faster code.
@@ -104,8 +132,7 @@ def _compiler(n: int, tiny: bool, forms: Any) -> tuple[Some, Tell]:
     number = next(_NUMBER)
     for function in (some, tell):
         function.__code__ = function.__code__.replace(co_name=f"{function.__name__}_{number}")
-    # Explicit vectors make the many comparisons of a line search slower: their masks are converted back and forth.
-    options: Any = {"cpp.simdlen": 1} if tiny else {}
+    options: Any = {} if vectors else {"cpp.simdlen": 1}
     # What is read twice is stored: else the flags of a row are worked out again for every number of its H.
     options |= {"realize_reads_threshold": 2, "size_asserts": False, "guard_filter_fn": _but_forms}
     compile = functools.partial(torch.compile, fullgraph=True, recompile_limit=64)
@@ -119,6 +146,7 @@ def _but_forms(guards: Any) -> list[bool]:
 
 _NUMBER = itertools.count()
 _UNTRACEABLE: set[type] = set()
+_WORK: dict[tuple[type, torch.Size], float] = {}
 
 
 def compiled_rounds(
@@ -133,10 +161,12 @@ def compiled_rounds(
         packed, a, shape = solver._keep(packed, twice), take(a, twice), torch.Size((2, *shape[1:]))
         return solver._keep(compiled_rounds(solver, problem, a, packed, forms, shape, enough), twice[:1])
     n = math.prod(shape[1:])
-    some, tell = _compiler(n, solver.tiny(n), forms)
+    seen = shown(packed, forms)
+    vectors = _vectors(problem, a, solver._shaped(seen.b, shape), solver.tiny(n))
+    some, tell = _compiler(n, vectors, forms)
     for x in leaves(a):
         torch._dynamo.maybe_mark_dynamic(x, 0)
-    left = int((shown(packed, forms).status == Status.RUNNING).sum())
+    left = int((seen.status == Status.RUNNING).sum())
     if type(problem) not in _UNTRACEABLE:
         try:
             while left > enough:
