@@ -74,8 +74,12 @@ def shown(packed: Any, forms: Any) -> Rows:
     return rows
 
 
+Start: TypeAlias = Callable[["GradientSolver", Any, Context, Tensor], "Rows"]
 Some: TypeAlias = Callable[["GradientSolver", Any, Context, Any, tuple[int, ...]], tuple[Any, Tensor]]
 Tell: TypeAlias = Callable[["GradientSolver", "Rows", Tensor, Tensor], "Rows"]
+
+
+_compile: Any = functools.partial(torch.compile, fullgraph=True, recompile_limit=64)
 
 
 class _Numbers(TorchDispatchMode):
@@ -104,6 +108,29 @@ def _vectors(problem: Problem, a: Context, b: Tensor, tiny: bool) -> bool:
     return not tiny or _WORK[kind] > 100
 
 
+def _value_and_grad(problem: Any, b: Tensor, a: Context) -> tuple[Tensor, Tensor]:
+    """As :func:`amortized.problem.value_and_grad`, in a form that can be traced."""
+
+    def total(b: Tensor) -> tuple[Tensor, Tensor]:
+        value = problem.objective(b, a)
+        return value.sum(), value
+
+    grad, value = torch.func.grad(total, has_aux=True)(b)
+    return value, grad
+
+
+@functools.cache
+def _starter(n: int) -> Start:
+    """Rows at their start, as one graph: compiled on first use, of each n its own."""
+
+    def start(solver: GradientSolver, problem: Any, a: Context, b: Tensor) -> Rows:
+        return solver.first(b, *_value_and_grad(problem, b, a))
+
+    _rename(start)
+    compiled: Start = _compile(start, options={"size_asserts": False})
+    return compiled
+
+
 @functools.cache
 def _compiler(n: int, vectors: bool, forms: Any) -> tuple[Some, Tell]:
     """Rounds as one graph, with how many rows then run, and what follows from an evaluation: compiled on first use.
@@ -114,13 +141,9 @@ def _compiler(n: int, vectors: bool, forms: Any) -> tuple[Some, Tell]:
     def some(
         solver: GradientSolver, problem: Any, a: Context, packed: Any, shape: tuple[int, ...]
     ) -> tuple[Any, Tensor]:
-        def total(b: Tensor) -> tuple[Tensor, Tensor]:
-            value = problem.objective(b, a)
-            return value.sum(), value
-
         rows = unpack(packed, forms)
         for _ in range(solver.between(rows)):
-            grad, value = torch.func.grad(total, has_aux=True)(solver._shaped(rows.state.b, shape))
+            value, grad = _value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
             rows = solver.tell(rows, value, solver._flat(grad))
         left = (rows.status == int(Status.RUNNING)).sum()
         return (rows if forms is None else pack(rows)[0]), left
@@ -128,15 +151,17 @@ def _compiler(n: int, vectors: bool, forms: Any) -> tuple[Some, Tell]:
     def tell(solver: GradientSolver, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
         return solver.tell(rows, value, grad)
 
-    # The compiler remembers by name which sizes have varied: under one name, a second n would make all of them vary.
-    number = next(_NUMBER)
     for function in (some, tell):
-        function.__code__ = function.__code__.replace(co_name=f"{function.__name__}_{number}")
+        _rename(function)
     options: Any = {} if vectors else {"cpp.simdlen": 1}
     # What is read twice is stored: else the flags of a row are worked out again for every number of its H.
     options |= {"realize_reads_threshold": 2, "size_asserts": False, "guard_filter_fn": _but_forms}
-    compile = functools.partial(torch.compile, fullgraph=True, recompile_limit=64)
-    return compile(some, options=options), compile(tell)
+    return _compile(some, options=options), _compile(tell)
+
+
+def _rename(function: Any) -> None:
+    """A name of its own: under one name, a second n makes the compiler take all sizes for ones that vary."""
+    function.__code__ = function.__code__.replace(co_name=f"{function.__name__}_{next(_NUMBER)}")
 
 
 def _but_forms(guards: Any) -> list[bool]:
@@ -147,6 +172,30 @@ def _but_forms(guards: Any) -> list[bool]:
 _NUMBER = itertools.count()
 _UNTRACEABLE: set[type] = set()
 _WORK: dict[tuple[type, torch.Size], float] = {}
+
+
+def compiled_start(solver: GradientSolver, problem: Problem, a: Context, b: Tensor) -> Rows:
+    """Rows that start at ``b``, compiled once for any number of them but one."""
+    if len(b) > 1 and type(problem) not in _UNTRACEABLE:
+        _any_number(a, b)
+        try:
+            return _starter(b[0].numel())(solver, problem, a, b)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            _leave(problem, error)
+    return solver.begin(problem, a, b)
+
+
+def _any_number(*contexts: Context) -> None:
+    """Mark that the number of rows will vary."""
+    for x in leaves(contexts):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+
+
+def _leave(problem: Problem, error: Exception) -> None:
+    """Say that this kind of problem cannot be traced, and remember it."""
+    _UNTRACEABLE.add(type(problem))
+    why = str(error).splitlines()[0]
+    warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=3)
 
 
 def compiled_rounds(
@@ -164,8 +213,7 @@ def compiled_rounds(
     seen = shown(packed, forms)
     vectors = _vectors(problem, a, solver._shaped(seen.b, shape), solver.tiny(n))
     some, tell = _compiler(n, vectors, forms)
-    for x in leaves(a):
-        torch._dynamo.maybe_mark_dynamic(x, 0)
+    _any_number(a)
     left = int((seen.status == Status.RUNNING).sum())
     if type(problem) not in _UNTRACEABLE:
         try:
@@ -174,9 +222,7 @@ def compiled_rounds(
                 left = int(running)
             return packed
         except torch._dynamo.exc.TorchDynamoException as error:
-            _UNTRACEABLE.add(type(problem))
-            why = str(error).splitlines()[0]
-            warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=2)
+            _leave(problem, error)
     rows = unpack(packed, forms)
     while int((rows.status == Status.RUNNING).sum()) > enough:
         for _ in range(solver.between(rows)):

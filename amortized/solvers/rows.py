@@ -20,7 +20,7 @@ from torch import Tensor
 
 from amortized.problem import CommonDraws, Context, Problem, is_random, leaves, map_leaves, take, value_and_grad
 from amortized.solvers.base import Solution, Solver, Status, Trace, check_value, ordinary, tolerance
-from amortized.solvers.compiled import compiled_rounds, pack, shown
+from amortized.solvers.compiled import compiled_rounds, compiled_start, pack, shown
 
 
 class State(Protocol):
@@ -77,6 +77,10 @@ class RowSolver(Solver):
 
         Rows that are finished keep what they have.
         """
+
+    def start(self, problem: Problem, a: Context, b: Tensor) -> Rows:
+        """As :meth:`begin`, where neither a trace nor common draws are asked for."""
+        return self.begin(problem, a, b)
 
     def pack(self, rows: Rows) -> tuple[Any, Any]:
         """The rows as :meth:`rounds` takes them, and the forms by which :func:`unpack` shows them: as they are, and None."""
@@ -220,7 +224,7 @@ class RowSolver(Solver):
         answers: list[list[Tensor]] = []
         place = torch.arange(begun, device=b.device)
         here = take(a, slice(0, begun)) if begun < size else a
-        rows, forms = self.pack(self.begin(problem, here, b[:begun]))
+        rows, forms = self.pack(self.start(problem, here, b[:begun]))
         while len(place):
             # Moving the running rows together copies their state, so it waits until it frees enough of them.
             enough = int((0.75 if begun < size else 0.6) * len(place)) if len(place) > 8 else 0
@@ -236,7 +240,7 @@ class RowSolver(Solver):
             if begun < size:
                 new = slice(begun, min(begun + width - len(place), size))
                 more = take(a, new)
-                rows = _cat(rows, self.pack(self.begin(problem, more, b[new]))[0], self.axis)
+                rows = _cat(rows, self.pack(self.start(problem, more, b[new]))[0], self.axis)
                 here, begun = _cat(here, more, 0), new.stop
                 place = torch.cat([place, torch.arange(new.start, new.stop, device=b.device)])
         order = torch.cat(places).argsort()
@@ -312,9 +316,17 @@ class GradientSolver(RowSolver):
     def begin(self, problem: Problem, a: Context, b: Tensor) -> Rows:
         """Rows that start at ``b`` ``(L, *)``, evaluated there."""
         value, grad = value_and_grad(problem, b, a)
+        return self.first(b, value, grad)
+
+    def first(self, b: Tensor, value: Tensor, grad: Tensor) -> Rows:
+        """Rows that start at ``b`` ``(L, *)``, where value and gradient are these."""
         check_value(value, b)
         at, grad = self._flat(b), self._flat(grad)
         return self.enter(at, value, self.dot(grad, grad).sqrt(), self.init(at, value, grad))
+
+    def start(self, problem: Problem, a: Context, b: Tensor) -> Rows:
+        """As :meth:`RowSolver.start`; compiled where that is asked for."""
+        return compiled_start(self, problem, a, b) if self.compiled else self.begin(problem, a, b)
 
     def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
         """One round: value and gradient of every row where its state asks for them, and what follows from that."""
