@@ -32,13 +32,13 @@ from amortized.solvers.cma_es import CMAES
 from amortized.solvers.fista import FISTA
 from amortized.solvers.fixed_point import Anderson
 from amortized.solvers.gauss_newton import GaussNewton
+from amortized.solvers.gradient import GradientSolver
 from amortized.solvers.gradient_descent import GradientDescent
 from amortized.solvers.lbfgs import LBFGS
 from amortized.solvers.learned_update import LearnedUpdate
 from amortized.solvers.multistart import Exploration, MultiStart
 from amortized.solvers.newton import Newton
 from amortized.solvers.projected_gradient import ProjectedGradient
-from amortized.solvers.rows import GradientSolver
 from amortized.solvers.tune import tune
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amortized.solvers.rows import GradientSolver
+from amortized.solvers.gradient import GradientSolver
 
 
 class Moments(NamedTuple):

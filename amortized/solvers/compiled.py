@@ -19,7 +19,8 @@ from amortized.problem import Context, Problem, leaves, map_leaves, take, value_
 from amortized.solvers.base import Status
 
 if TYPE_CHECKING:
-    from amortized.solvers.rows import GradientSolver, Rows
+    from amortized.solvers.gradient import GradientSolver
+    from amortized.solvers.rows import Rows
 
 
 class Packed(NamedTuple):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from amortized.problem import CommonDraws, Context, Problem, is_random, take
 from amortized.solvers import line_search
+from amortized.solvers.gradient import GradientSolver
 from amortized.solvers.line_search import Search
-from amortized.solvers.rows import GradientSolver
 
 
 class Walk(NamedTuple):

@@ -1,0 +1,159 @@
+"""Solvers that look at values and gradients: by rows that end each for itself, or as steps to differentiate through."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from amortized.problem import Context, Problem, leaves, map_leaves, value_and_grad
+from amortized.solvers.base import check_value, ordinary
+from amortized.solvers.compiled import compiled_rounds, compiled_start, pack
+from amortized.solvers.rows import Rows, RowSolver
+
+
+class State(Protocol):
+    """What a solver remembers of its rows: a ``NamedTuple`` of tensors with rows along the solver's ``axis``."""
+
+    @property
+    def b(self) -> Tensor:
+        """The point to evaluate next ``(L, n)``."""
+
+    @property
+    def iterations(self) -> Tensor:
+        """Steps taken so far ``(L,)``, integer."""
+
+
+class GradientSolver(RowSolver):
+    """A solver that looks at values and gradients: a subclass writes :meth:`init` and :meth:`step`, on rows ``(L, n)``.
+
+    Args:
+        steps: evaluations of each row after the first, at most; in :meth:`iterates`, the number of iterates.
+        tol: gradient norm at which a row is finished; None chooses by dtype.
+        unroll: in :meth:`iterates`, the number of last steps in which the gradient's own dependence on ``b`` is
+            followed. None follows all; 0 none: first-order, as in first-order MAML; no second derivatives needed.
+        lanes: rows at work at a time; None lets the solver choose.
+        compile: fuse each round, the objective included, into a few kernels with ``torch.compile``, which takes tens of
+            seconds for each problem, dtype and n. A random objective, a trace and :meth:`iterates` are not compiled. An
+            objective that cannot be traced stays as it is, with a warning.
+    """
+
+    recovers: bool = False
+    """Whether the solver itself steps back from a value that is not finite. Otherwise such a row has diverged."""
+
+    def __init__(
+        self,
+        steps: int = 1000,
+        tol: float | None = None,
+        unroll: int | None = None,
+        lanes: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(steps, tol, lanes)
+        self.unroll, self.compiled = unroll, compile
+
+    @abc.abstractmethod
+    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> State:
+        """The state after the first evaluation; ``state.b`` is where to look next. No operation in place."""
+
+    @abc.abstractmethod
+    def step(self, state: Any, value: Tensor, grad: Tensor) -> State:
+        """The state after ``value`` ``(L,)`` and ``grad`` ``(L, n)`` at ``state.b``; rows independent of each other."""
+
+    def stalled(self, state: Any) -> Tensor | None:
+        """Which rows can make no more progress ``(L,)``, if the solver can tell."""
+        return None
+
+    def begin(self, problem: Problem, a: Context, b: Tensor) -> Rows:
+        """Rows that start at ``b`` ``(L, *)``, evaluated there."""
+        value, grad = value_and_grad(problem, b, a)
+        return self.first(b, value, grad)
+
+    def first(self, b: Tensor, value: Tensor, grad: Tensor) -> Rows:
+        """Rows that start at ``b`` ``(L, *)``, where value and gradient are these."""
+        check_value(value, b)
+        at, grad = self._flat(b), self._flat(grad)
+        return self.enter(at, value, self.dot(grad, grad).sqrt(), self.init(at, value, grad))
+
+    def start(self, problem: Problem, a: Context, b: Tensor) -> Rows:
+        """As :meth:`RowSolver.start`; compiled where that is asked for."""
+        return compiled_start(self, problem, a, b) if self.compiled else self.begin(problem, a, b)
+
+    def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
+        """One round: value and gradient of every row where its state asks for them, and what follows from that."""
+        value, grad = value_and_grad(problem, self._shaped(rows.state.b, shape), a)
+        return self.tell(rows, value, self._flat(grad))
+
+    def pack(self, rows: Rows) -> tuple[Any, Any]:
+        """As :meth:`RowSolver.pack`; where rounds are compiled copies, and :class:`Packed` where rows are tiny and last."""
+        if not self.compiled:
+            return rows, None
+        # Fresh rows share memory in places, which would compile anew; copies look like all others. Packing larger rows
+        # would copy an H in every round.
+        packed = self.axis and self.tiny(len(rows.b))
+        copies, forms = pack(rows) if packed else (map_leaves(_copy, rows), None)
+        for x in leaves(copies):
+            torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if self.axis else 0)
+        return copies, forms
+
+    def rounds(self, problem: Problem, a: Context, rows: Any, forms: Any, shape: torch.Size, enough: int) -> Any:
+        """As :meth:`RowSolver.rounds`; compiled where that is asked for."""
+        if self.compiled:
+            return compiled_rounds(self, problem, a, rows, forms, shape, enough)
+        return super().rounds(problem, a, rows, forms, shape, enough)
+
+    def between(self, rows: Rows) -> int:
+        """As :meth:`RowSolver.between`; whole graphs of them, where rounds are compiled."""
+        together = self.together(rows.b.shape[self.across]) if self.compiled else 1
+        return together * math.ceil(super().between(rows) / together)
+
+    def together(self, n: int) -> int:
+        """Rounds of n numbers compiled as one graph: more where a call costs as much as a round."""
+        return 4 if self.tiny(n) else 1
+
+    def tiny(self, n: int) -> bool:
+        """Whether rows of n numbers have so few that a compiler unrolls every sum over them."""
+        return n <= 8
+
+    def tell(self, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
+        """What one evaluation means for each row: its best so far, its status, and its next point."""
+        state = self.step(rows.state, value, grad)
+        residual = self.dot(grad, grad).sqrt()
+        return self.settle(
+            rows, rows.state.b, value, residual, state, state.iterations,
+            stalled=self.stalled(state), recovers=self.recovers,
+        )  # fmt: skip
+
+    def visited(self, state: Any) -> Tensor:
+        """The iterate to hand out ``(L, n)``: the next point, or the last accepted one where points are only trials."""
+        return state.b
+
+    def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
+        """The ``steps`` points visited after ``b``, each ``(B, *)``; nothing is stopped early, no row is dropped.
+
+        Where gradients are on, they are on the graph of ``b``, of the objective's and of the solver's parameters, and
+        can be differentiated through (``unroll`` says how far). Where they are off, no graph is built.
+        """
+        graph, shape = torch.is_grad_enabled(), b.shape
+        state: Any = None
+        for k in range(self.steps):
+            # Not around the yield: between iterates the caller's own modes hold.
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
+                if not graph and state is None:
+                    a, b = map_leaves(ordinary, a), ordinary(b)
+                follow = graph and (self.unroll is None or k >= self.steps - self.unroll)
+                at = self._flat(b) if state is None else state.b
+                value, grad = value_and_grad(problem, self._shaped(at, shape), a, create_graph=follow)
+                check_value(value, b)
+                value, grad = value if follow else value.detach(), self._flat(grad)
+                state = self.init(at, value, grad) if state is None else self.step(state, value, grad)
+                point = self._shaped(self.visited(state), shape)
+            yield point
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
