@@ -36,14 +36,15 @@ class BFGS(QuasiNewton):
     axis = -1
 
     def num_lanes(self, b: Tensor) -> int:
-        """Rows whose matrices take 2 MB: enough of them to pay for a round's dispatch, few enough for a cache.
+        """Rows whose matrices take 8 MB, enough of them to pay for a round's dispatch.
 
-        Half of that where a call makes two rounds of them.
+        2 MB where rounds are compiled, which a cache then holds; half of that where a call makes two rounds of them.
         """
         if self.lanes or b.is_cuda:
             return self.lanes or len(b)
         n = b[0].numel()
-        return min(4096, max(64, 2**21 // self.waiting(n) // (n**2 * b.element_size())))
+        size = 2**21 // self.waiting(n) if self.compiled else 2**23
+        return min(4096, max(64, size // (n**2 * b.element_size())))
 
     def together(self, n: int) -> int:
         """As in the base class; two at least, so that a larger K is read more often than written."""

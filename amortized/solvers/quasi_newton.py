@@ -143,7 +143,7 @@ class QuasiNewton(GradientSolver):
         anew = line_search.start(first, value, slope)
         search = Search(*(torch.where(accepted | restart, p, q) for p, q in zip(anew, search, strict=True)))
         return Walk(
-            b=point + self.wide(search.t) * direction,
+            b=torch.addcmul(point, self.wide(search.t), direction),
             iterations=state.iterations + accepted,
             point=point,
             value=value,

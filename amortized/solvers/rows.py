@@ -221,14 +221,15 @@ class RowSolver(Solver):
             ended, index = (~running).nonzero()[:, 0], running.nonzero()[:, 0]
             places.append(place[ended])
             answers.append([x.index_select(self.axis, ended) for x in seen[:-1]])
-            if len(index) or begun < size:
-                rows, here = self._keep(rows, index), take(here, index)
             place = place[index]
+            if len(index):
+                rows, here = self._keep(rows, index), take(here, index)
             if begun < size:
                 new = slice(begun, min(begun + width - len(place), size))
                 more = take(a, new)
-                rows = _cat(rows, self.pack(self.start(problem, more, b[new]))[0], self.axis)
-                here, begun = _cat(here, more, 0), new.stop
+                fresh = self.pack(self.start(problem, more, b[new]))[0]
+                rows = _cat(rows, fresh, self.axis) if len(index) else fresh
+                here, begun = _cat(here, more, 0) if len(index) else more, new.stop
                 place = torch.cat([place, torch.arange(new.start, new.stop, device=b.device)])
         order = torch.cat(places).argsort()
         parts = zip(*answers, strict=True)
