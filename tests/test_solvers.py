@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amortized.solvers import BFGS, LBFGS, Adam, GradientDescent, Solver, Status
+from amortized.solvers import BFGS, LBFGS, Adam, GradientDescent, GradientSolver, Solver, Status
 from amortized.solvers.compiled import _compiler
 from amortized.solvers.tune import STEP_SIZES, adams, descents, tune
 
@@ -348,12 +348,13 @@ def test_tuning_picks_the_step_size_that_gets_furthest() -> None:
 @pytest.mark.parametrize(
     "solver", [BFGS(compile=True), LBFGS(dense=0, compile=True), Adam(compile=True)], ids=lambda s: type(s).__name__
 )
-def test_compiled_rounds_agree(solver: Solver) -> None:
+def test_compiled_rounds_agree(solver: GradientSolver) -> None:
     if shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     a, b = valleys()
     eager = type(solver)().solve(Rosenbrock(), a, b)
-    for size in (40, 23, 1):
+    for size, lanes in ((40, None), (40, 9), (23, None), (1, None)):
+        solver.lanes = lanes
         found = solver.solve(Rosenbrock(), a[:size], b[:size])
         assert torch.equal(found.converged, eager.converged[:size])
         torch.testing.assert_close(found.b, eager.b[:size], atol=1e-5, rtol=0)
@@ -406,6 +407,16 @@ def test_an_objective_that_cannot_be_traced_is_left_as_it_is() -> None:
     with pytest.warns(UserWarning, match="Branching.objective stays uncompiled"):
         found = BFGS(compile=True).solve(Branching(), a, b)
     assert found.converged.all()
+
+
+@pytest.mark.filterwarnings("ignore:Many.objective stays uncompiled")
+def test_a_compiled_solver_says_what_is_wrong_with_an_objective() -> None:
+    class Many:
+        def objective(self, b: Tensor, a: Tensor) -> Tensor:
+            return b - a
+
+    with pytest.raises(ValueError, match="one value per row"):
+        BFGS(compile=True).solve(Many(), torch.zeros(5, 2), torch.ones(5, 2))
 
 
 forms = 1.0

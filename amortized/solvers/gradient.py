@@ -13,7 +13,7 @@ from torch import Tensor
 from amortized.problem import Context, Problem, leaves, map_leaves, value_and_grad
 from amortized.solvers.base import check_value, ordinary
 from amortized.solvers.compiled import compiled_rounds, compiled_start, pack
-from amortized.solvers.rows import Rows, RowSolver
+from amortized.solvers.rows import Rows, RowSolver, put
 
 
 class State(Protocol):
@@ -105,6 +105,11 @@ class GradientSolver(RowSolver):
         if self.compiled:
             return compiled_rounds(self, problem, a, rows, forms, shape, enough)
         return super().rounds(problem, a, rows, forms, shape, enough)
+
+    def _put(self, rows: Any, index: Tensor, fresh: Any) -> Any:
+        # In place where that is safe: in what compiled rounds returned, if no two of it share memory.
+        own = len({x.untyped_storage().data_ptr() for x in leaves(rows)}) == len(leaves(rows))
+        return put(rows, index, fresh, self.axis, in_place=self.compiled and own)
 
     def between(self, rows: Rows) -> int:
         """As :meth:`RowSolver.between`; whole graphs of them, where rounds are compiled."""

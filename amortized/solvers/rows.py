@@ -206,37 +206,45 @@ class RowSolver(Solver):
 
     def _solve(self, problem: Problem, a: Context, b: Tensor) -> Solution:
         size, begun = len(b), min(self.num_lanes(b), len(b))
-        width = begun
         places: list[Tensor] = []
         answers: list[list[Tensor]] = []
         place = torch.arange(begun, device=b.device)
         here = take(a, slice(0, begun)) if begun < size else a
         rows, forms = self.pack(self.start(problem, here, b[:begun]))
         while len(place):
-            # Moving the running rows together copies their state, so it waits until it frees enough of them.
+            # Moving rows copies their state, so it waits until enough of them have ended.
             enough = int((0.75 if begun < size else 0.6) * len(place)) if len(place) > 8 else 0
             rows = self.rounds(problem, here, rows, forms, torch.Size((len(place), *b.shape[1:])), enough)
             seen = shown(rows, forms)
             running = seen.status == Status.RUNNING
-            ended, index = (~running).nonzero()[:, 0], running.nonzero()[:, 0]
+            ended = (~running).nonzero()[:, 0]
             places.append(place[ended])
             answers.append([x.index_select(self.axis, ended) for x in seen[:-1]])
-            place = place[index]
-            if len(index):
-                rows, here = self._keep(rows, index), take(here, index)
-            if begun < size:
-                new = slice(begun, min(begun + width - len(place), size))
-                more = take(a, new)
-                fresh = self.pack(self.start(problem, more, b[new]))[0]
-                rows = _cat(rows, fresh, self.axis) if len(index) else fresh
-                here, begun = _cat(here, more, 0) if len(index) else more, new.stop
-                place = torch.cat([place, torch.arange(new.start, new.stop, device=b.device)])
+            # Waiting rows take the places of those that ended; places that nobody takes go.
+            new = slice(begun, min(begun + len(ended), size))
+            begun = new.stop
+            if new.start < new.stop:
+                more, numbers = take(a, new), torch.arange(new.start, new.stop, device=b.device)
+                fresh = self.start(problem, more, b[new])
+                if len(ended) == len(place):
+                    rows, here, place = self.pack(fresh)[0], more, numbers
+                    continue
+                ended = ended[: len(numbers)]
+                rows = self._put(rows, ended, fresh if forms is None else self.pack(fresh)[0])
+                here, place = put(here, ended, more), put(place, ended, numbers)
+                running[ended] = True
+            index = running.nonzero()[:, 0]
+            if len(index) < len(place):
+                rows, here, place = self._keep(rows, index), take(here, index), place[index]
         order = torch.cat(places).argsort()
         parts = zip(*answers, strict=True)
         return self._solution([torch.cat(part, self.axis).index_select(self.axis, order) for part in parts], b.shape)
 
     def _keep(self, rows: Any, index: Tensor) -> Any:
         return map_leaves(lambda x: x.index_select(self.axis, index), rows)
+
+    def _put(self, rows: Any, index: Tensor, fresh: Any) -> Any:
+        return put(rows, index, fresh, self.axis)
 
     def _solution(self, rows: Sequence[Tensor], shape: torch.Size) -> Solution:
         b, value, residual, _, iterations, evaluations, _, status = rows
@@ -245,11 +253,11 @@ class RowSolver(Solver):
         return Solution(b.clone(memory_format=torch.contiguous_format), value, residual, *counts)
 
 
-def _cat(x: Any, y: Any, axis: int) -> Any:
-    """Two contexts or states of the same structure, one after the other."""
+def put(x: Any, index: Tensor, y: Any, axis: int = 0, in_place: bool = False) -> Any:
+    """A context or state with the rows of another one of its structure in the places that are named."""
     if isinstance(x, Tensor):
-        return torch.cat([x, y], axis)
-    return type(x)(*(_cat(p, q, axis) for p, q in zip(x, y, strict=True)))
+        return x.index_copy_(axis, index, y) if in_place else x.index_copy(axis, index, y)
+    return type(x)(*(put(p, index, q, axis, in_place) for p, q in zip(x, y, strict=True)))
 
 
 def _empty(b: Tensor) -> Solution:
