@@ -409,6 +409,18 @@ def test_an_objective_that_cannot_be_traced_is_left_as_it_is() -> None:
     assert found.converged.all()
 
 
+def test_a_trial_outside_of_the_domain_leaves_truncated_gradients_finite() -> None:
+    class Root:
+        def objective(self, b: Tensor, a: Tensor) -> Tensor:
+            return (40 * (b.sqrt() - a) ** 2 + b**2).sum(1)
+
+    a = torch.tensor([[0.1, 0.2], [0.5, 0.1], [1.0, 0.3]], dtype=torch.float64).requires_grad_()
+    b = torch.tensor([[1.0, 0.5]] * 3, dtype=torch.float64)
+    *_, last = LBFGS(steps=12, dense=0, memory=3, unroll=2).iterates(Root(), a, b)
+    (grad,) = torch.autograd.grad(last.sum(), a)
+    assert grad.isfinite().all() and grad.any()
+
+
 @pytest.mark.filterwarnings("ignore:Many.objective stays uncompiled")
 def test_a_compiled_solver_says_what_is_wrong_with_an_objective() -> None:
     class Many:

@@ -121,7 +121,7 @@ class LBFGS(QuasiNewton):
         scale = torch.where(paired, pair.sy / pair.yy, scale)
         p = torch.where(here, pair.sg.unsqueeze(1), products[:, :m])
         q = torch.where(here, self.dot(pair.y, grad).unsqueeze(1), products[:, m:])
-        history = _replace(history, slot, pair, here)
+        history = _replace(history, slot, pair, here, paired)
 
         alpha = torch.bmm(inverse, p.unsqueeze(2)).squeeze(2)
         inner = diagonal * alpha + scale.unsqueeze(1) * (torch.bmm(gram, alpha.unsqueeze(2)).squeeze(2) - q)
@@ -145,10 +145,12 @@ class LBFGS(QuasiNewton):
         )
 
 
-def _replace(history: Tensor, slot: Tensor, pair: Pair, here: Tensor) -> Tensor:
+def _replace(history: Tensor, slot: Tensor, pair: Pair, here: Tensor, paired: Tensor) -> Tensor:
     """The history with the pair in the slots that ``here`` ``(L, m)`` names, in place where nothing is differentiated."""
     latest = torch.stack([pair.s, pair.y], 1)
     if torch.is_grad_enabled():
+        # Nothing of a trial that was not accepted: a NaN in it would spoil gradients, which multiply it by zero.
+        here = here & paired.unsqueeze(1)
         return torch.where(here[:, None, :, None], latest.unsqueeze(2), history.unflatten(1, (2, -1))).flatten(1, 2)
     # One write, not two: of two, the compiler makes a copy of the history in between.
     row, slots = torch.arange(len(slot), device=slot.device).unsqueeze(1), torch.stack([slot, slot + here.shape[1]], 1)
