@@ -96,11 +96,14 @@ class QuasiNewton(GradientSolver):
         """The curvature, with H = 1 in the named rows ``(L,)``."""
 
     def first_trial(self, grad: Tensor) -> Tensor:
-        """A step along −grad that moves at most 1 in all: 1 / ‖g‖₁, or 1 where the gradient is small."""
-        return (1 / grad.abs().sum(self.across)).clamp(max=1)
+        """A step along −grad of length 2, but of 10 times the gradient at most: 2 / ‖g‖, or 10 where that is more.
+
+        A step too long costs an evaluation, which the next trial interpolates; one too short is accepted and wasted.
+        """
+        return (2 / self.dot(grad, grad).sqrt()).clamp(max=10)
 
     def init(self, b: Tensor, value: Tensor, grad: Tensor) -> Walk:
-        """Steepest descent, with a first trial of length at most 1."""
+        """Steepest descent, with the first trial step."""
         value, g = value.detach(), grad.detach()
         slope = -self.dot(g, g)
         search = line_search.start(self.first_trial(g), value, slope)

@@ -11,6 +11,7 @@ rows pay back. For a single problem use SciPy.
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -180,6 +181,7 @@ class RowSolver(Solver):
 
     def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
         """As :meth:`Solver.solve`."""
+        _keep_pages()
         with torch.inference_mode(False), torch.no_grad():
             a, b = map_leaves(ordinary, a), ordinary(b)
             for leaf in leaves(a):
@@ -258,6 +260,17 @@ def put(x: Any, index: Tensor, y: Any, axis: int = 0, in_place: bool = False) ->
     if isinstance(x, Tensor):
         return x.index_copy_(axis, index, y) if in_place else x.index_copy(axis, index, y)
     return type(x)(*(put(p, index, q, axis, in_place) for p, q in zip(x, y, strict=True)))
+
+
+@functools.cache
+def _keep_pages() -> None:
+    """Free one block of 32 MB, so that the C library keeps what a round frees for the next one.
+
+    glibc gives freed memory back to the system at sizes that follow from the largest block freed so far; each round then
+    faults its temporaries in again, up to a fifth of the time. Without glibc, or with MALLOC_ variables set, this does
+    nothing.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def _empty(b: Tensor) -> Solution:
