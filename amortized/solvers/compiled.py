@@ -69,13 +69,28 @@ def unpack(packed: Any, forms: Any) -> Any:
     return type(forms)(*(unpack(packed, form) for form in forms))
 
 
-def shown(packed: Any, forms: Any) -> Rows:
-    """As :func:`unpack`, but for the solver's own state."""
-    rows: Rows = unpack(packed, forms if forms is None else forms._replace(state=None))
-    return rows
+def statuses(packed: Any, forms: Any) -> Tensor:
+    """The status of rows that may be packed."""
+    found: Tensor = packed.status if forms is None else packed.counts[forms.status.line]
+    return found
 
 
-Start: TypeAlias = Callable[["GradientSolver", Any, Context, Tensor], "Rows"]
+def answers(packed: Any, forms: Any) -> list[Tensor]:
+    """All but the solver's own state, in as few tensors as hold it: the first lines of packed rows."""
+    if forms is None:
+        return list(packed[:-1])
+    lines = [0, 0]
+    for form in forms[:-1]:
+        lines[form.kind] = max(lines[form.kind], form.line + math.prod(form.shape))
+    return [x[:end] for x, end in zip(packed, lines, strict=False)]
+
+
+def unpack_answers(parts: list[Tensor], forms: Any) -> list[Tensor]:
+    """What :func:`answers` gives, field by field."""
+    return parts if forms is None else [unpack(parts, form) for form in forms[:-1]]
+
+
+Start: TypeAlias = Callable[["GradientSolver", Any, Context, Tensor], tuple[Any, Any]]
 Some: TypeAlias = Callable[["GradientSolver", Any, Context, Any, tuple[int, ...]], tuple[Any, Tensor]]
 Tell: TypeAlias = Callable[["GradientSolver", "Rows", Tensor, Tensor], "Rows"]
 
@@ -94,19 +109,21 @@ class _Numbers(TorchDispatchMode):
         return out
 
 
-def _vectors(problem: Problem, a: Context, b: Tensor, tiny: bool) -> bool:
+def _vectors(solver: GradientSolver, problem: Problem, a: Context, packed: Any, forms: Any, shape: torch.Size) -> bool:
     """Whether explicit vectors pay: not where most of a round is the comparisons of line searches on a few numbers.
 
     There the masks are converted back and forth, which takes longer than the numbers: twice as long on Rosenbrock's
     function of 2 unknowns, whose objective and gradient work out 28 numbers. On a logistic regression of 2 unknowns, of
     20 points and 198 numbers, vectors take 0.7 of the time.
     """
-    kind = type(problem), b.shape[1:]
-    if tiny and kind not in _WORK:
+    if not solver.tiny(math.prod(shape[1:])):
+        return True
+    kind = type(problem), shape[1:]
+    if kind not in _WORK:
         with _Numbers() as numbers:
-            value_and_grad(problem, b, a)
-        _WORK[kind] = numbers.count / len(b)
-    return not tiny or _WORK[kind] > 100
+            value_and_grad(problem, solver._shaped(unpack(packed, forms).b, shape), a)
+        _WORK[kind] = numbers.count / shape[0]
+    return _WORK[kind] > 100
 
 
 def _value_and_grad(problem: Any, b: Tensor, a: Context) -> tuple[Tensor, Tensor]:
@@ -122,10 +139,10 @@ def _value_and_grad(problem: Any, b: Tensor, a: Context) -> tuple[Tensor, Tensor
 
 @functools.cache
 def _starter(n: int) -> Start:
-    """Rows at their start, as one graph: compiled on first use, of each n its own."""
+    """Rows at their start, packed if they are tiny, as one graph: compiled on first use, of each n its own."""
 
-    def start(solver: GradientSolver, problem: Any, a: Context, b: Tensor) -> Rows:
-        return solver.first(b, *_value_and_grad(problem, b, a))
+    def start(solver: GradientSolver, problem: Any, a: Context, b: Tensor) -> tuple[Any, Any]:
+        return _packed(solver, solver.first(b, *_value_and_grad(problem, b, a)))
 
     _rename(start)
     compiled: Start = _compile(start, options={"size_asserts": False})
@@ -175,15 +192,34 @@ _UNTRACEABLE: set[type] = set()
 _WORK: dict[tuple[type, torch.Size], float] = {}
 
 
-def compiled_start(solver: GradientSolver, problem: Problem, a: Context, b: Tensor) -> Rows:
-    """Rows that start at ``b``, compiled once for any number of them but one."""
+def _packed(solver: GradientSolver, rows: Rows) -> tuple[Any, Any]:
+    """Tiny rows as :class:`Packed`, and their forms; larger ones as they are: packing would copy an H in every round."""
+    return pack(rows) if solver.axis and solver.tiny(rows.b.shape[solver.across]) else (rows, None)
+
+
+def compiled_start(solver: GradientSolver, problem: Problem, a: Context, b: Tensor) -> tuple[Any, Any]:
+    """Rows that start at ``b``, compiled once for any number of them but one, and the forms of packed ones."""
+    rows, forms = _begin(solver, problem, a, b)
+    if forms is None:
+        # Fresh rows share memory in places, which would compile anew; copies look like all others.
+        rows = map_leaves(_copy, rows)
+    for x in leaves(rows):
+        torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if solver.axis else 0)
+    return rows, forms
+
+
+def _begin(solver: GradientSolver, problem: Problem, a: Context, b: Tensor) -> tuple[Any, Any]:
     if len(b) > 1 and type(problem) not in _UNTRACEABLE:
         _any_number(a, b)
         try:
             return _starter(b[0].numel())(solver, problem, a, b)
         except torch._dynamo.exc.TorchDynamoException as error:
             _leave(problem, error)
-    return solver.begin(problem, a, b)
+    return _packed(solver, solver.begin(problem, a, b))
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _any_number(*contexts: Context) -> None:
@@ -211,11 +247,9 @@ def compiled_rounds(
         packed, a, shape = solver._keep(packed, twice), take(a, twice), torch.Size((2, *shape[1:]))
         return solver._keep(compiled_rounds(solver, problem, a, packed, forms, shape, enough), twice[:1])
     n = math.prod(shape[1:])
-    seen = shown(packed, forms)
-    vectors = _vectors(problem, a, solver._shaped(seen.b, shape), solver.tiny(n))
-    some, tell = _compiler(n, vectors, forms)
+    some, tell = _compiler(n, _vectors(solver, problem, a, packed, forms, shape), forms)
     _any_number(a)
-    left = int((seen.status == Status.RUNNING).sum())
+    left = int((statuses(packed, forms) == Status.RUNNING).sum())
     if type(problem) not in _UNTRACEABLE:
         try:
             while left > enough:
@@ -229,4 +263,4 @@ def compiled_rounds(
         for _ in range(solver.between(rows)):
             value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
             rows = tell(solver, rows, value, solver._flat(grad))
-    return solver.pack(rows)[0]
+    return rows if forms is None else pack(rows)[0]

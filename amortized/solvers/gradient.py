@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amortized.problem import Context, Problem, leaves, map_leaves, value_and_grad
 from amortized.solvers.base import check_value, ordinary
-from amortized.solvers.compiled import compiled_rounds, compiled_start, pack
+from amortized.solvers.compiled import compiled_rounds, compiled_start
 from amortized.solvers.rows import Rows, RowSolver, put
 
 
@@ -79,26 +79,14 @@ class GradientSolver(RowSolver):
         at, grad = self._flat(b), self._flat(grad)
         return self.enter(at, value, self.dot(grad, grad).sqrt(), self.init(at, value, grad))
 
-    def start(self, problem: Problem, a: Context, b: Tensor) -> Rows:
-        """As :meth:`RowSolver.start`; compiled where that is asked for."""
-        return compiled_start(self, problem, a, b) if self.compiled else self.begin(problem, a, b)
+    def start(self, problem: Problem, a: Context, b: Tensor) -> tuple[Any, Any]:
+        """As :meth:`RowSolver.start`; compiled where that is asked for, and then packed if rows are tiny and last."""
+        return compiled_start(self, problem, a, b) if self.compiled else super().start(problem, a, b)
 
     def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
         """One round: value and gradient of every row where its state asks for them, and what follows from that."""
         value, grad = value_and_grad(problem, self._shaped(rows.state.b, shape), a)
         return self.tell(rows, value, self._flat(grad))
-
-    def pack(self, rows: Rows) -> tuple[Any, Any]:
-        """As :meth:`RowSolver.pack`; where rounds are compiled copies, and :class:`Packed` where rows are tiny and last."""
-        if not self.compiled:
-            return rows, None
-        # Fresh rows share memory in places, which would compile anew; copies look like all others. Packing larger rows
-        # would copy an H in every round.
-        packed = self.axis and self.tiny(len(rows.b))
-        copies, forms = pack(rows) if packed else (map_leaves(_copy, rows), None)
-        for x in leaves(copies):
-            torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if self.axis else 0)
-        return copies, forms
 
     def rounds(self, problem: Problem, a: Context, rows: Any, forms: Any, shape: torch.Size, enough: int) -> Any:
         """As :meth:`RowSolver.rounds`; compiled where that is asked for."""
@@ -158,7 +146,3 @@ class GradientSolver(RowSolver):
                 state = self.init(at, value, grad) if state is None else self.step(state, value, grad)
                 point = self._shaped(self.visited(state), shape)
             yield point
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from amortized.problem import CommonDraws, Context, Problem, is_random, leaves, map_leaves, take
 from amortized.solvers.base import Solution, Solver, Status, Trace, ordinary, tolerance
-from amortized.solvers.compiled import shown
+from amortized.solvers.compiled import answers, statuses, unpack_answers
 
 
 class Rows(NamedTuple):
@@ -66,16 +66,15 @@ class RowSolver(Solver):
         Rows that are finished keep what they have.
         """
 
-    def start(self, problem: Problem, a: Context, b: Tensor) -> Rows:
-        """As :meth:`begin`, where neither a trace nor common draws are asked for."""
-        return self.begin(problem, a, b)
+    def start(self, problem: Problem, a: Context, b: Tensor) -> tuple[Any, Any]:
+        """As :meth:`begin`, where no trace is asked for: the rows as :meth:`rounds` takes them, and their forms.
 
-    def pack(self, rows: Rows) -> tuple[Any, Any]:
-        """The rows as :meth:`rounds` takes them, and the forms by which :func:`unpack` shows them: as they are, and None."""
-        return rows, None
+        The forms say where a field lies among packed rows; None where rows are as :meth:`begin` gives them.
+        """
+        return self.begin(problem, a, b), None
 
     def rounds(self, problem: Problem, a: Context, rows: Any, forms: Any, shape: torch.Size, enough: int) -> Any:
-        """Rounds until at most ``enough`` rows are still running; rows as :meth:`pack` gives them."""
+        """Rounds until at most ``enough`` rows are still running; rows as :meth:`start` gives them."""
         while int((rows.status == Status.RUNNING).sum()) > enough:
             for _ in range(self.between(rows)):
                 rows = self.advance(problem, a, rows, shape)
@@ -209,38 +208,37 @@ class RowSolver(Solver):
     def _solve(self, problem: Problem, a: Context, b: Tensor) -> Solution:
         size, begun = len(b), min(self.num_lanes(b), len(b))
         places: list[Tensor] = []
-        answers: list[list[Tensor]] = []
+        found: list[list[Tensor]] = []
         place = torch.arange(begun, device=b.device)
         here = take(a, slice(0, begun)) if begun < size else a
-        rows, forms = self.pack(self.start(problem, here, b[:begun]))
+        rows, forms = self.start(problem, here, b[:begun])
         while len(place):
             # Moving rows copies their state, so it waits until enough of them have ended.
             enough = int((0.75 if begun < size else 0.6) * len(place)) if len(place) > 8 else 0
             rows = self.rounds(problem, here, rows, forms, torch.Size((len(place), *b.shape[1:])), enough)
-            seen = shown(rows, forms)
-            running = seen.status == Status.RUNNING
+            running = statuses(rows, forms) == Status.RUNNING
             ended = (~running).nonzero()[:, 0]
             places.append(place[ended])
-            answers.append([x.index_select(self.axis, ended) for x in seen[:-1]])
+            found.append([x.index_select(self.axis, ended) for x in answers(rows, forms)])
             # Waiting rows take the places of those that ended; places that nobody takes go.
             new = slice(begun, min(begun + len(ended), size))
             begun = new.stop
             if new.start < new.stop:
                 more, numbers = take(a, new), torch.arange(new.start, new.stop, device=b.device)
-                fresh = self.start(problem, more, b[new])
+                fresh, _ = self.start(problem, more, b[new])
                 if len(ended) == len(place):
-                    rows, here, place = self.pack(fresh)[0], more, numbers
+                    rows, here, place = fresh, more, numbers
                     continue
                 ended = ended[: len(numbers)]
-                rows = self._put(rows, ended, fresh if forms is None else self.pack(fresh)[0])
+                rows = self._put(rows, ended, fresh)
                 here, place = put(here, ended, more), put(place, ended, numbers)
                 running[ended] = True
             index = running.nonzero()[:, 0]
             if len(index) < len(place):
                 rows, here, place = self._keep(rows, index), take(here, index), place[index]
         order = torch.cat(places).argsort()
-        parts = zip(*answers, strict=True)
-        return self._solution([torch.cat(part, self.axis).index_select(self.axis, order) for part in parts], b.shape)
+        every = [torch.cat(part, self.axis).index_select(self.axis, order) for part in zip(*found, strict=True)]
+        return self._solution(unpack_answers(every, forms), b.shape)
 
     def _keep(self, rows: Any, index: Tensor) -> Any:
         return map_leaves(lambda x: x.index_select(self.axis, index), rows)
