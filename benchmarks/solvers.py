@@ -32,7 +32,7 @@ from torch import Tensor
 
 from amortized.problem import QuadraticProgram, leaves, take, value_and_grad
 from amortized.solvers import ADMM, BFGS, LBFGS
-from amortized.solvers.base import Solution, Solver
+from amortized.solvers.base import Solution
 from amortized.solvers.outside import QPSolver
 
 TOL = 1e-6
@@ -152,7 +152,7 @@ def share_converged(problem: Any, a: Any, b: Tensor) -> float:
     return float((grad.norm(dim=1) <= TOL).double().mean())
 
 
-def inner_loop(n: int, compiled: bool = False) -> Solver:
+def inner_loop(n: int, compiled: bool = False) -> BFGS | LBFGS:
     """Our solver for n unknowns."""
     return BFGS(steps=5000, compile=compiled) if n <= 30 else LBFGS(steps=5000, memory=6, dense=0, compile=compiled)
 
@@ -390,10 +390,12 @@ def osqp_loop(problem: ConvexDC3) -> Entry:
     return Entry(run, len(lower), float(worst[0] <= TOL), f"residual {worst[0]:.1e}")
 
 
-def evaluation_share(problem: Any, a: Any, b: Tensor, counted: int, whole: float) -> float:
-    """The time that evaluating as many rows in this batch's size would take, as a share of the whole solve."""
-    one = seconds(lambda: value_and_grad(problem, b, a), 5)
-    return one * counted / len(b) / whole
+def evaluation_share(problem: Any, a: Any, b: Tensor, counted: int, whole: float, at_once: int) -> float:
+    """The time that evaluating as many rows, so many at once, would take, as a share of the whole solve."""
+    rows = slice(0, min(at_once, len(b)))
+    here, start = take(a, rows), b[rows].clone()
+    one = seconds(lambda: value_and_grad(problem, start, here), 20)
+    return one * counted / len(start) / whole
 
 
 def compiled_evaluation(problem: Any, a: Any, b: Tensor) -> float:
@@ -505,7 +507,7 @@ def main() -> None:
                 waste = (counted.rows - 1) / needed
                 add(f"{cell} evaluations per needed", waste, 1.15 if size >= 1024 else None, "", at_most=True)
                 whole = size / per_second
-                share = evaluation_share(problem, a, b, counted.rows, whole)
+                share = evaluation_share(problem, a, b, counted.rows, whole, inner_loop(n).num_lanes(b))
                 goal = 0.5 if (name, n) == ("logistic", 200) else None
                 add(f"{cell} share of evaluation", share, goal, f"{whole * 1e6 / counted.rows:.2f} us a row-evaluation")
                 over = {2: 0.2, 20: 1.3, 200: 6}[n] if size >= 1024 else None

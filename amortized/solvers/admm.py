@@ -239,8 +239,8 @@ class _Programs:
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:
-    """Rows ``M x``, for one matrix or one for each row."""
-    return x @ matrix.mT if matrix.ndim == 2 else torch.bmm(matrix, x.unsqueeze(2)).squeeze(2)
+    """Rows ``M x``, for one matrix or one for each row: written as ``xᵀ Mᵀ``, which MKL multiplies several times as fast."""
+    return x @ matrix.mT if matrix.ndim == 2 else torch.bmm(x.unsqueeze(1), matrix.mT).squeeze(1)
 
 
 def _residuals(factor: Factor, state: Split) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

@@ -104,7 +104,7 @@ class LBFGS(QuasiNewton):
         The slot of the oldest belongs to the pair of the row's next accepted trial, and has no weight until then.
         """
         m, (history, inverse, gram, diagonal, old, scale, slot) = self.memory, walk.curvature
-        products = torch.bmm(history, grad.unsqueeze(2)).squeeze(2)
+        products = _times(grad, history.mT)
 
         here = torch.arange(m, device=grad.device) == slot.unsqueeze(1)
         row, column = here.unsqueeze(2), here.unsqueeze(1)
@@ -114,7 +114,7 @@ class LBFGS(QuasiNewton):
         s_y = torch.where(here, 0, change[:, :m])
         y_y = torch.where(here, pair.yy.unsqueeze(1), change[:, m:])
         sy = torch.where(paired, pair.sy, torch.inf).unsqueeze(1)
-        new = torch.where(here, 1.0, -torch.bmm(inverse, s_y.unsqueeze(2)).squeeze(2)) / sy
+        new = torch.where(here, 1.0, -_times(s_y, inverse.mT)) / sy
         inverse = torch.where(column, new.unsqueeze(2), inverse)
         gram = torch.where(row, y_y.unsqueeze(1), torch.where(column, y_y.unsqueeze(2), gram))
         diagonal = torch.where(here, pair.sy.unsqueeze(1), diagonal)
@@ -123,11 +123,11 @@ class LBFGS(QuasiNewton):
         q = torch.where(here, self.dot(pair.y, grad).unsqueeze(1), products[:, m:])
         history = _replace(history, slot, pair, here, paired)
 
-        alpha = torch.bmm(inverse, p.unsqueeze(2)).squeeze(2)
-        inner = diagonal * alpha + scale.unsqueeze(1) * (torch.bmm(gram, alpha.unsqueeze(2)).squeeze(2) - q)
-        delta = torch.bmm(inner.unsqueeze(1), inverse).squeeze(1)
+        alpha = _times(p, inverse.mT)
+        inner = diagonal * alpha + scale.unsqueeze(1) * (_times(alpha, gram) - q)
+        delta = _times(inner, inverse)
         coefficients = torch.cat([-delta, scale.unsqueeze(1) * alpha], 1)
-        downhill = torch.bmm(coefficients.unsqueeze(1), history).squeeze(1)
+        downhill = _times(coefficients, history)
         downhill = torch.addcmul(downhill, scale.unsqueeze(1), grad, value=-1)
 
         products = torch.where(accepted.unsqueeze(1), torch.cat([p, q], 1).detach(), old)
@@ -143,6 +143,11 @@ class LBFGS(QuasiNewton):
             diagonal=torch.where(one, 0, curvature.diagonal),
             scale=torch.where(rows, 1, curvature.scale),
         )
+
+
+def _times(x: Tensor, matrices: Tensor) -> Tensor:
+    """``xᵀ M`` of each row. As ``Mᵀ x``, a product with one column, MKL takes up to five times as long."""
+    return torch.bmm(x.unsqueeze(1), matrices).squeeze(1)
 
 
 def _replace(history: Tensor, slot: Tensor, pair: Pair, here: Tensor, paired: Tensor) -> Tensor:
