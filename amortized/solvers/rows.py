@@ -268,7 +268,7 @@ def _keep_pages() -> None:
     faults its temporaries in again, up to a fifth of the time. Without glibc, or with MALLOC_ variables set, this does
     nothing.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def _empty(b: Tensor) -> Solution:
