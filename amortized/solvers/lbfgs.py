@@ -85,11 +85,11 @@ class LBFGS(QuasiNewton):
         return super().solve(problem, a, b, trace=trace)
 
     def num_lanes(self, b: Tensor) -> int:
-        """Rows whose history takes 8 MB, enough of them to pay for a round's dispatch; 4 MB where rounds are compiled."""
+        """Rows whose history takes 12 MB, enough of them to pay for a round's dispatch; 4 MB where rounds are compiled."""
         if self.lanes or b.is_cuda:
             return self.lanes or len(b)
         size = b[0].numel() * 2 * self.memory * b.element_size()
-        return max(64, (2**22 if self.compiled else 2**23) // size)
+        return max(64, (4 if self.compiled else 12) * 2**20 // size)
 
     def ignorant(self, b: Tensor) -> Pairs:
         """No pairs: slots without weight."""
