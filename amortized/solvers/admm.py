@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context, QuadraticProgram, map_leaves
-from amortized.solvers.base import Solution, Trace, ordinary, require
+from amortized.solvers.base import Solution, Trace, ordinary, require, times
 from amortized.solvers.rows import Rows, RowSolver
 
 RELAXATION = 1.6
@@ -139,20 +139,20 @@ class ADMM(RowSolver):
     def certify(self, problem: Any, a: Context, b: Tensor, y: Tensor) -> Certificate:
         """The residuals and the duality gap of a primal and dual pair."""
         program, b = problem.program(a), b.flatten(1)
-        ab, pb = _times(program.A, b), _times(program.P, b)
+        ab, pb = times(program.A, b), times(program.P, b)
         outside = torch.maximum(ab - program.upper, program.lower - ab).clamp(min=0)
         bound = torch.where(y > 0, program.upper, program.lower)
         support = torch.where(y == 0, 0, y * bound).sum(1)
         gap = ((b * pb).sum(1) + (program.q * b).sum(1) + support).abs()
-        return Certificate(outside.amax(1), (pb + program.q + _times(program.A.mT, y)).abs().amax(1), gap)
+        return Certificate(outside.amax(1), (pb + program.q + times(program.A.mT, y)).abs().amax(1), gap)
 
     def begin(self, problem: Any, a: Context, b: Tensor) -> Rows:
         """Rows at a primal and dual start."""
         vectors, factor, own = problem.of(a)
         n = vectors.q.shape[1]
         x, y = b[:, :n], b[:, n:]
-        v = _times(factor.k.mT, _times(problem.matrix(a), x) + problem.sigma * x)
-        z = torch.clamp(_times(factor.ak, v), vectors.lower, vectors.upper)
+        v = times(factor.k.mT, times(problem.matrix(a), x) + problem.sigma * x)
+        z = torch.clamp(times(factor.ak, v), vectors.lower, vectors.upper)
         one = torch.ones_like(v[:, 0])
         state = Split(v, z, y, self.rho * one, torch.zeros_like(one, dtype=torch.int32), vectors, own)
         primal, dual, _ = _residuals(factor, state)
@@ -167,11 +167,11 @@ class ADMM(RowSolver):
         weight = factor.weight * rho.unsqueeze(1)
         light, inverse = 1 / weight, 1 / (1 + rho.unsqueeze(1) * factor.s)
         for _ in range(self.check):
-            right = _times(factor.ak.mT, weight * z - y) - kq
+            right = times(factor.ak.mT, weight * z - y) - kq
             if problem.sigma:
-                right = right + _times(factor.gram, v)
+                right = right + times(factor.gram, v)
             u = right * inverse
-            az = torch.lerp(z, _times(factor.ak, u), RELAXATION)
+            az = torch.lerp(z, times(factor.ak, u), RELAXATION)
             v = torch.lerp(v, u, RELAXATION)
             z = torch.clamp(torch.addcmul(az, y, light), lower, upper)
             y = torch.addcmul(y, weight, az - z)
@@ -183,7 +183,7 @@ class ADMM(RowSolver):
         due = ((looks & (looks - 1)) == 0) & ((balance > 2) | (balance < 0.5))
         change = torch.where(due, balance, 1.0).nan_to_num(1.0).clamp(0.1, 10)
         state = state._replace(rho=(rho * change).clamp(1e-6, 1e6))
-        x = _times(factor.k, v)
+        x = times(factor.k, v)
         residual = torch.maximum(primal, dual)
         return self.settle(
             rows, torch.cat([x, y], 1), problem.value(x, a), residual, state, state.iterations,
@@ -220,11 +220,11 @@ class _Programs:
     def of(self, a: Context) -> tuple[Vectors, Factor, Any]:
         p, q, matrix, lower, upper = self.problem.program(a)
         if self.shared is not None:
-            return Vectors(q, lower, upper, _times(self.shared.k.mT, q)), self.shared, Nothing()
+            return Vectors(q, lower, upper, times(self.shared.k.mT, q)), self.shared, Nothing()
         size = len(q)
         factor = self.factor(p.expand(size, *p.shape[-2:]), matrix.expand(size, *matrix.shape[-2:]))
         factor = factor._replace(weight=factor.weight.expand(size, -1), gram=factor.gram + 0 * factor.k)
-        return Vectors(q, lower, upper, _times(factor.k.mT, q)), factor, factor
+        return Vectors(q, lower, upper, times(factor.k.mT, q)), factor, factor
 
     def matrix(self, a: Context) -> Tensor:
         p: Tensor = self.problem.program(a).P
@@ -238,15 +238,10 @@ class _Programs:
         return value
 
 
-def _times(matrix: Tensor, x: Tensor) -> Tensor:
-    """Rows ``M x``, for one matrix or one for each row: written as ``xᵀ Mᵀ``, which MKL multiplies several times as fast."""
-    return x @ matrix.mT if matrix.ndim == 2 else torch.bmm(x.unsqueeze(1), matrix.mT).squeeze(1)
-
-
 def _residuals(factor: Factor, state: Split) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """The primal and dual residuals ``(L,)``, and the scales they are measured against when ρ adapts."""
-    ab, pb = _times(factor.ak, state.v), _times(factor.pk, state.v)
-    ay = _times(factor.a.mT, state.y)
+    ab, pb = times(factor.ak, state.v), times(factor.pk, state.v)
+    ay = times(factor.a.mT, state.y)
     q = state.program.q
     tiny = torch.finfo(q.dtype).tiny
     primal, dual = (ab - state.z).abs().amax(1), (pb + q + ay).abs().amax(1)

@@ -134,3 +134,11 @@ class Solver(nn.Module, abc.ABC):
             f"{type(self).__name__} cannot be differentiated through, so it cannot refine a prediction inside forward; "
             "use GradientDescent, Adam or LBFGS there."
         )
+
+
+def times(matrix: Tensor, x: Tensor) -> Tensor:
+    """Rows ``M x`` of ``x`` ``(L, n)``, for one matrix or one for each row.
+
+    Written as ``xᵀ Mᵀ``: as a product with one column, MKL takes up to five times as long.
+    """
+    return x @ matrix.mT if matrix.ndim == 2 else torch.bmm(x.unsqueeze(1), matrix.mT).squeeze(1)

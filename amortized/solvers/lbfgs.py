@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context, Problem
-from amortized.solvers.base import Solution, Trace
+from amortized.solvers.base import Solution, Trace, times
 from amortized.solvers.bfgs import BFGS
 from amortized.solvers.quasi_newton import Pair, QuasiNewton, Walk
 
@@ -104,7 +104,7 @@ class LBFGS(QuasiNewton):
         The slot of the oldest belongs to the pair of the row's next accepted trial, and has no weight until then.
         """
         m, (history, inverse, gram, diagonal, old, scale, slot) = self.memory, walk.curvature
-        products = _times(grad, history.mT)
+        products = times(history, grad)
 
         here = torch.arange(m, device=grad.device) == slot.unsqueeze(1)
         row, column = here.unsqueeze(2), here.unsqueeze(1)
@@ -114,7 +114,7 @@ class LBFGS(QuasiNewton):
         s_y = torch.where(here, 0, change[:, :m])
         y_y = torch.where(here, pair.yy.unsqueeze(1), change[:, m:])
         sy = torch.where(paired, pair.sy, torch.inf).unsqueeze(1)
-        new = torch.where(here, 1.0, -_times(s_y, inverse.mT)) / sy
+        new = torch.where(here, 1.0, -times(inverse, s_y)) / sy
         inverse = torch.where(column, new.unsqueeze(2), inverse)
         gram = torch.where(row, y_y.unsqueeze(1), torch.where(column, y_y.unsqueeze(2), gram))
         diagonal = torch.where(here, pair.sy.unsqueeze(1), diagonal)
@@ -123,11 +123,11 @@ class LBFGS(QuasiNewton):
         q = torch.where(here, self.dot(pair.y, grad).unsqueeze(1), products[:, m:])
         history = _replace(history, slot, pair, here, paired)
 
-        alpha = _times(p, inverse.mT)
-        inner = diagonal * alpha + scale.unsqueeze(1) * (_times(alpha, gram) - q)
-        delta = _times(inner, inverse)
+        alpha = times(inverse, p)
+        inner = diagonal * alpha + scale.unsqueeze(1) * (times(gram, alpha) - q)
+        delta = times(inverse.mT, inner)
         coefficients = torch.cat([-delta, scale.unsqueeze(1) * alpha], 1)
-        downhill = _times(coefficients, history)
+        downhill = times(history.mT, coefficients)
         downhill = torch.addcmul(downhill, scale.unsqueeze(1), grad, value=-1)
 
         products = torch.where(accepted.unsqueeze(1), torch.cat([p, q], 1).detach(), old)
@@ -143,11 +143,6 @@ class LBFGS(QuasiNewton):
             diagonal=torch.where(one, 0, curvature.diagonal),
             scale=torch.where(rows, 1, curvature.scale),
         )
-
-
-def _times(x: Tensor, matrices: Tensor) -> Tensor:
-    """``xᵀ M`` of each row. As ``Mᵀ x``, a product with one column, MKL takes up to five times as long."""
-    return torch.bmm(x.unsqueeze(1), matrices).squeeze(1)
 
 
 def _replace(history: Tensor, slot: Tensor, pair: Pair, here: Tensor, paired: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context, Problem
-from amortized.solvers.base import check_value
+from amortized.solvers.base import check_value, times
 from amortized.solvers.rows import Rows, RowSolver
 
 SECULAR = 12
@@ -121,7 +121,7 @@ def step_within(grad: Tensor, hessian: Tensor, radius: Tensor) -> tuple[Tensor, 
     hessian = torch.where(usable[:, None, None], hessian, torch.eye(n, dtype=grad.dtype, device=grad.device))
     grad = torch.where(usable.unsqueeze(1), grad, 0)
     curvatures, vectors = torch.linalg.eigh(hessian)
-    g = (vectors.mT @ grad.unsqueeze(2)).squeeze(2)
+    g = times(vectors.mT, grad)
     largest = curvatures.abs().amax(1).clamp(min=tiny)
     lowest = curvatures[:, 0]
     floor = torch.finfo(grad.dtype).eps * largest
@@ -142,4 +142,4 @@ def step_within(grad: Tensor, hessian: Tensor, radius: Tensor) -> tuple[Tensor, 
     along = torch.where(p[:, 0] < 0, -short, short)
     p[:, 0] += torch.where((lowest < -floor) & (length < 0.99 * radius), along, 0)
     predicted = -(g * p).sum(1) - 0.5 * (curvatures * p * p).sum(1)
-    return (vectors @ p.unsqueeze(2)).squeeze(2), predicted
+    return times(vectors, p), predicted
