@@ -142,6 +142,12 @@ def test_gaps_agree_with_the_closed_form(posterior, contexts):
     assert abs(float(terms["solver"])) < 1e-6
 
 
+def test_draws_of_half_precision_are_finite(contexts):
+    model = sampled(DiagonalGaussian(4), eval_samples=16).bfloat16()
+    many = contexts.bfloat16().repeat(256, 1)  # points within 2^-9 of 1 are 1 in bfloat16, their noise infinite
+    assert model.objective(torch.zeros(len(many), 8, dtype=torch.bfloat16), many).isfinite().all()
+
+
 @pytest.mark.parametrize("posterior", [DiagonalGaussian(4), FullGaussian(4)])
 def test_gaps_from_draws_agree_with_the_closed_form(posterior, contexts):
     exact, model, a = linear(posterior), sampled(posterior), contexts

@@ -72,13 +72,13 @@ def measure_gap(
     optimum, family_optimum = (getattr(problem, name, None) for name in ("optimum", "family_optimum"))
     if decompose and optimum is not None:
         if family_optimum is not None:
-            family = family_optimum(a).double()
+            family = family_optimum(a)
         else:
             with draws(seed, b.device):
                 further = longer(solver, b.dtype).solve(problem, a, best).b
             lower = values(further, seed + 1) <= values(best, seed + 1)
             family = torch.where(lower, values(further, seed + 2), rows.reference)
-        rows = rows._replace(family=family, optimum=optimum(a).double())
+        rows = rows._replace(family=family.to(unknown), optimum=optimum(a).to(unknown))
     return rows, best
 
 

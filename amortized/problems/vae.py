@@ -101,9 +101,12 @@ class VAE(AmortizedModule):
 
     def objective(self, b: Tensor, a: Context) -> Tensor:
         draws = self.importance * (self.samples if self.training else self.eval_samples)
-        points = self.sobol[:draws, None].to(b.dtype)
-        shift = torch.rand(num_rows(b), self.posterior.latent, dtype=b.dtype, device=b.device)
-        z, log_q = self.posterior.draw(b, torch.special.ndtri((points + shift).frac().clamp(1e-6, 1 - 1e-6)))
+        exact = torch.promote_types(
+            b.dtype, torch.float32
+        )  # in bfloat16 points near 1 would be 1, and their noise infinite
+        shift = torch.rand(num_rows(b), self.posterior.latent, dtype=exact, device=b.device)
+        points = (self.sobol[:draws, None].to(exact) + shift).frac().clamp(1e-6, 1 - 1e-6)
+        z, log_q = self.posterior.draw(b, torch.special.ndtri(points).to(b.dtype))
         distortion = self.distortion(z, a)
         divergence = self.posterior.divergence(b) if self.importance == 1 else None
         if divergence is not None:
