@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,9 @@ class Batch(NamedTuple):
 
     split: str
     number: int
-    contexts: list[Context] | None = None
+    contexts: list[Any] | None = None
+    complete: bool = True
+    """Whether they are more than what ``sample`` drew."""
 
 
 class ContextDataModule(LightningDataModule):
@@ -116,7 +118,14 @@ class ContextDataModule(LightningDataModule):
 
     def contexts(self, split: str) -> Context | Dataset | None:
         """The finite set of a split: all its rows, or a map-style data set of single rows; ``None`` samples without end."""
-        return None if split == "train" else self.sample(self.num_rows[split], self._generator(split, 0))
+        return None if split == "train" else self.complete(self.sample(self.num_rows[split], self._generator(split, 0)))
+
+    def complete(self, drawn: Any) -> Context:
+        """The contexts of what ``sample`` drew, where a part of them is better worked out on the training device.
+
+        Loader workers draw on the CPU alone; what a frozen network makes of a sample belongs here.
+        """
+        return drawn
 
     def augment(self, a: Context, generator: torch.Generator) -> Context:
         """A random change of training contexts from a finite set (crops, binarisation), with ``generator`` alone."""
@@ -132,7 +141,7 @@ class ContextDataModule(LightningDataModule):
         """
         contexts = self._set(split)
         if contexts is None:
-            return self.sample(self.batch_size, self._generator(split, number, device))
+            return self.complete(self._sampled(split, number, device))
         if not isinstance(contexts, Dataset):
             contexts = self._finite[split] = map_leaves(lambda leaf: leaf.to(device), contexts)
         if split == "train":
@@ -140,6 +149,9 @@ class ContextDataModule(LightningDataModule):
             return self.augment(a, self._generator(split, number, device))
         every = torch.arange(_size(contexts))
         return _rows(contexts, every[number * self.eval_batch_size :][: self.eval_batch_size], device)
+
+    def _sampled(self, split: str, number: int, device: torch.device | str) -> Any:
+        return self.sample(self.batch_size, self._generator(split, number, device))
 
     def num_batches(self, split: str) -> int:
         """How many batches a finite split has for evaluation."""
@@ -235,19 +247,21 @@ class ContextDataModule(LightningDataModule):
         if not isinstance(batch, Batch):
             return batch
         assert self.trainer is not None
-        split, number, contexts = batch
+        split, number, contexts, complete = batch
         device = self.trainer.strategy.root_device
         if contexts is None:
-            contexts = self._draw(split, number, device)
+            contexts = self._each(split, number, self.batch, device)
+        elif not complete:
+            contexts = [self.complete(drawn) for drawn in contexts]
         if split == "train":
             world = self.trainer.world_size
             self.position = (number - self.trainer.global_rank + world) * self.batches_per_step
         start_draws(stream_seed(self.seed, f"{split.removeprefix(_SHIFTED)} noise", number), device)
         return contexts if len(contexts) > 1 else contexts[0]
 
-    def _draw(self, split: str, number: int, device: torch.device | str) -> list[Context]:
+    def _each(self, split: str, number: int, batch: Callable[..., Any], device: torch.device | str) -> list[Any]:
         K = self.batches_per_step if split == "train" else 1
-        return [self.batch(split, number * K + k, device) for k in range(K)]
+        return [batch(split, number * K + k, device) for k in range(K)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -269,8 +283,13 @@ class _Batches(IterableDataset):
         number = self.start + (worker.id * self.stride if worker else 0)
         stride = self.stride * (worker.num_workers if worker else 1)
         while self.stop is None or number < self.stop:
-            yield Batch(self.split, number, self.data._draw(self.split, number, "cpu") if worker else None)
+            yield self._drawn(number) if worker else Batch(self.split, number)
             number += stride
+
+    def _drawn(self, number: int) -> Batch:
+        sampled = self.data._set(self.split) is None
+        batch = self.data._sampled if sampled else self.data.batch
+        return Batch(self.split, number, self.data._each(self.split, number, batch, "cpu"), not sampled)
 
     def __len__(self) -> int:
         if self.stop is None:

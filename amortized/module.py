@@ -12,6 +12,8 @@ so that one forward pass solves a problem. To state a new problem, subclass :cla
 from __future__ import annotations
 
 import abc
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,8 @@ class AmortizedModule(LeanModule, abc.ABC):
         loss: the training signal; ``None`` is :class:`~amortized.losses.ObjectiveLoss`.
         optimizer: makes the optimizer from the module's parameters.
         scheduler: makes the learning-rate scheduler from the optimizer; it steps with every training step.
+        compile: compile the training signal with ``torch.compile``, once for each shape of batches: a minute, which long
+            training on a GPU pays back. The draws of a random objective are then other ones.
 
     Raises:
         ProblemError: on the first training batch, if the objective or the network breaks the contract.
@@ -63,6 +67,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         loss: Loss | None = None,
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -70,6 +75,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         self.loss = loss if loss is not None else ObjectiveLoss()
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.compiled = compile
         self._objective_mean, self._shifted_mean = MeanMetric(), MeanMetric()
         self._checked = False
 
@@ -78,7 +84,7 @@ class AmortizedModule(LeanModule, abc.ABC):
     objective_name = "objective"
     """What the objective is called, with its unit, in tables and pictures."""
 
-    free_settings: tuple[str, ...] = ("optimizer", "scheduler", "loss")
+    free_settings: tuple[str, ...] = ("optimizer", "scheduler", "loss", "compile")
     """Settings that say how a model is trained or measured, not what it is: a trained one may be tested with others."""
 
     @abc.abstractmethod
@@ -127,6 +133,10 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     # ---- Lightning
 
+    @functools.cached_property
+    def _signal(self) -> Callable[[Context], Tensor]:
+        return torch.compile(self.amortized_step, dynamic=False) if self.compiled else self.amortized_step
+
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
@@ -146,13 +156,13 @@ class AmortizedModule(LeanModule, abc.ABC):
             assert isinstance(optimizer, torch.optim.Optimizer)
             for contexts in earlier:
                 self._update(contexts, optimizer)
-        loss = self.amortized_step(a).mean()
+        loss = self._signal(a).mean()
         if self.trainer._logger_connector.should_update_logs:  # logging costs more than a small network's step
             self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
 
     def _update(self, a: Context, optimizer: torch.optim.Optimizer) -> None:
-        loss = self.amortized_step(a).mean()
+        loss = self._signal(a).mean()
         optimizer.zero_grad()  # first: the gradients of the last step are still there
         loss.backward()
         if self.trainer.gradient_clip_val is not None:

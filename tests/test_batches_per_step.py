@@ -3,16 +3,17 @@
 import pytest
 import torch
 from lightning import Trainer
-from toy import FiniteGaussians, Gaussians, Quadratic
+from torch._dynamo.utils import counters
+from toy import Completed, FiniteGaussians, Gaussians, Quadratic
 
 from amortized import ProblemError
 
 STEPS, K = 12, 4
 
 
-def fit(data, max_steps, batches_per_step, **trainer):
+def fit(data, max_steps, batches_per_step, num_workers=0, compile=False, **trainer):
     torch.manual_seed(0)
-    module = Quadratic(optimizer=lambda parameters: torch.optim.Adam(parameters, 0.01))
+    module = Quadratic(optimizer=lambda parameters: torch.optim.Adam(parameters, 0.01), compile=compile)
     off = ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary", "use_distributed_sampler")
     settings = {
         "max_steps": max_steps,
@@ -21,7 +22,7 @@ def fit(data, max_steps, batches_per_step, **trainer):
         **dict.fromkeys(off, False),
         **trainer,
     }
-    datamodule = data(batch_size=16, batches_per_step=batches_per_step)
+    datamodule = data(batch_size=16, batches_per_step=batches_per_step, num_workers=num_workers)
     made = Trainer(**settings)
     made.fit(module, datamodule)
     return module, made, datamodule
@@ -59,3 +60,21 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(Trainer, "world_size", 2)
     with pytest.raises(ProblemError, match=r"needs one process and accumulate_grad_batches=1; there are 2 and 1"):
         fit(Gaussians, STEPS, K)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_contexts_that_are_completed_on_the_device_are_the_same(workers):
+    whole, completed = fit(Gaussians, STEPS, K)[0], fit(Completed, STEPS, K, workers)[0]
+    for x, y in zip(whole.parameters(), completed.parameters(), strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(Gaussians().batch("val", 0), Completed().batch("val", 0))
+
+
+def test_compiled_training_is_the_same():
+    counters.clear()
+    plain = fit(Gaussians, STEPS, K)[0]
+    assert not counters["stats"]["unique_graphs"]
+    compiled = fit(Gaussians, STEPS, K, compile=True)[0]
+    assert counters["stats"]["unique_graphs"] == 1
+    for x, y in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(x, y)

@@ -51,6 +51,16 @@ class Gaussians(ContextDataModule):
         return torch.randn(n, self.dim, generator=generator, device=generator.device)
 
 
+class Completed(Gaussians):
+    """The same contexts, of which ``sample`` draws the halves."""
+
+    def sample(self, n, generator):
+        return super().sample(n, generator) / 2
+
+    def complete(self, drawn):
+        return 2 * drawn
+
+
 class FiniteGaussians(ContextDataModule):
     """A finite set: N training contexts, 833 (indivisible) for evaluation, of standard deviation ``scale``."""
 
