@@ -8,6 +8,8 @@ The clock is the process's CPU time, so that other work on the machine weighs on
 pool set to one; beside clarabel in two processes it is the wall's, on both sides. Warm: compilation comes before the
 timing, and is stated. Both sides of a ratio are run in turn and compared by their medians. Rivals in JAX are tuned in
 chunk size and tolerance; loops over single instances are timed on a few of them. A ratio above 1 means we are faster.
+
+``--device cuda`` instead compares a GPU with two CPU cores, and with JAX where that finds the GPU, by the wall's clock.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amortized.problem import QuadraticProgram, leaves, take, value_and_grad
+from amortized.problem import QuadraticProgram, leaves, map_leaves, take, value_and_grad
 from amortized.solvers import ADMM, BFGS, LBFGS
 from amortized.solvers.base import Solution
 from amortized.solvers.outside import QPSolver
@@ -83,7 +85,7 @@ class Logistic:
     def jax(self, n: int) -> Callable[[Any, Any], Any]:
         import jax
 
-        points = jax.numpy.asarray(self.points.numpy())
+        points = jax.numpy.asarray(self.points.cpu().numpy())
 
         def f(b: Any, a: Any) -> Any:
             z = points @ b
@@ -287,11 +289,15 @@ def botorch_batched(problem: Any, a: Any, b: Tensor, few: int = 128) -> Entry:
 
 
 def jax_tuned(problem: Any, a: Any, b: Tensor) -> Entry:
-    """The best of optimistix (BFGS, L-BFGS) and optax (L-BFGS), jitted, vmapped, in chunks that suit the cache."""
+    """The best of optimistix (BFGS, L-BFGS) and optax (L-BFGS), jitted, vmapped, in chunks that suit the cache.
+
+    On a GPU all at once, from arrays that lie there.
+    """
     jax, optx, optax = (importlib.import_module(name) for name in ("jax", "optimistix", "optax"))
     jax.config.update("jax_enable_x64", True)
     n, f = b.shape[1], problem.jax(b.shape[1])
-    parts = tuple(leaf.numpy() for leaf in leaves(a))
+    place = jax.device_put if b.is_cuda else np.asarray
+    begin, *parts = (place(x.cpu().numpy()) for x in (b, *leaves(a)))
 
     def by_optimistix(solver: Any, tol: float) -> Callable[[Any, Any], Any]:
         def one(x: Any, here: Any) -> Any:
@@ -317,6 +323,7 @@ def jax_tuned(problem: Any, a: Any, b: Tensor) -> Entry:
         return jax.lax.while_loop(goes_on, step, (x, method.init(x)))[0]
 
     chunks = {min(chunk, len(b)) for chunk in {2: (1024, 4096), 20: (64, 256), 200: (8, 32)}.get(n, (64,))}
+    chunks = {len(b)} if b.is_cuda else chunks
     kinds = [("optax L-BFGS", by_optax)]
     for solver in ([optx.BFGS] if n <= 20 else []) + [optx.LBFGS]:
         kinds += [(f"optimistix {solver.__name__} tol {tol:.0e}", by_optimistix(solver, tol)) for tol in (1e-6, 1e-8)]
@@ -330,12 +337,12 @@ def jax_tuned(problem: Any, a: Any, b: Tensor) -> Entry:
                 ends.clear()
                 for i in range(0, len(b), chunk):
                     here = tuple(part[i : i + chunk] for part in parts)
-                    ends.append(run_chunk(b[i : i + chunk].numpy(), here))
+                    ends.append(run_chunk(begin[i : i + chunk], here))
                 jax.block_until_ready(ends)
 
             taken = seconds(run, 1)
             found = torch.from_numpy(np.concatenate([np.asarray(end) for end in ends]).copy())
-            converged = share_converged(problem, a, found)
+            converged = share_converged(problem, a, found.to(b.device))
             tried.append((taken, Entry(run, len(b), converged, f"{name}, chunks of {chunk}")))
     enough = min(0.995, max(entry.converged for _, entry in tried))
     tried = [(taken, entry) for taken, entry in tried if entry.converged >= enough]
@@ -430,6 +437,62 @@ def solve_programs(solver: QPSolver, rows: slice) -> int:
     return int(solver.solve(programs, programs.x[rows], zero).converged.sum())
 
 
+def on_gpu(add: Callable[..., None], options: argparse.Namespace) -> None:
+    """Rows of a GPU beside two CPU cores (twice what one does, on few rows), and beside JAX on the GPU.
+
+    Everything is compiled first, and timed afterwards. JAX runs cells of at most half a million unknowns, in seconds.
+    """
+    try:
+        found = importlib.import_module("jax")
+        jax = found if found.default_backend() == "gpu" else None
+    except ModuleNotFoundError:
+        jax = None
+    device = torch.device(options.device)
+    print(f"{torch.cuda.get_device_name(device)}; JAX {'runs there' if jax else 'does not run there, and is left out'}")
+    cells: list[tuple[str, list[Entry], Entry, Entry | None]] = []
+    for n in (2, 20, 200):
+        for name, make in (("rosenbrock", lambda n: Rosenbrock()), ("logistic", Logistic)):
+            here, there = make(n), make(n)
+            if isinstance(there, Logistic):
+                there.points = there.points.to(device)
+            sizes = (1024, 16384) if options.quick else (1024, 16384, 262144)
+            sizes = tuple(size for size in sizes if options.only in f"{name} n={n} B={size}")
+            cpu = both_of_ours(here, *here.data(1024 if n <= 20 else 128, n)) if sizes else []
+            for size in sizes:
+                cell = f"{name} n={n} B={size}"
+                a, b = here.data(size, n)
+                a, b = map_leaves(lambda leaf: leaf.to(device), a), b.to(device)
+                gpu = both_of_ours(there, a, b)
+                theirs = jax_tuned(there, a, b) if jax and size * n <= 2**19 else None
+                cells.append((cell, gpu, cpu[-1], theirs))
+                add(f"{cell} cuda converged", min(e.converged for e in gpu), 1.0, ", ".join(e.note for e in gpu))
+    for cell, gpu, cpu, theirs in cells:
+        rates = in_turn([*gpu, cpu], 3, time.perf_counter, 10)
+        best = max(range(len(gpu)), key=lambda k: rates[k])
+        each = ", ".join(f"{e.note} {rate:.4g}/s" for e, rate in zip((*gpu, cpu), rates, strict=True))
+        add(f"{cell} cuda / 2 CPU cores", rates[best] / (2 * rates[-1]), 1.0, f"{each} (one core)")
+        if theirs is not None:
+            ours_, theirs_ = in_turn([gpu[best], theirs], 3, time.perf_counter, 10)
+            detail = f"{ours_:.4g}/s, theirs {theirs_:.4g}/s, {theirs.converged:.4f} converged {theirs.note}"
+            add(f"{cell} cuda / jax", ours_ / theirs_, None, detail)
+
+
+def both_of_ours(problem: Any, a: Any, b: Tensor) -> list[Entry]:
+    """Our solver, eager and compiled, warm; timed until the device is done."""
+    return [
+        entry._replace(run=_synchronised(entry.run)) for entry in (ours(problem, a, b, c)[0] for c in (False, True))
+    ]
+
+
+def _synchronised(run: Callable[[], Any]) -> Callable[[], Any]:
+    def both() -> None:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return both
+
+
 def quadratic_programs(add: Callable[..., None], repeats: int) -> None:
     """The rows of DC3's convex programs."""
     programs = dc3_programs()
@@ -473,6 +536,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small cells, eager, the loops only: under a minute")
     parser.add_argument("--full", action="store_true", help="also B = 64 and 16384: hours")
     parser.add_argument("--only", default="", help="cells with this in their name, as 'rosenbrock n=2 B=64'")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", help="where to write the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -486,6 +550,10 @@ def main() -> None:
         sign = "" if goal is None else f"{'<=' if at_most else '>='} {goal:g}"
         print(f"{id:48s} {value:12.3g} {sign:9s} {verdict:11s} {detail}", flush=True)
 
+    if options.device == "cuda":
+        on_gpu(add, options)
+        write(rows, options.json)
+        return
     repeats = 3 if options.quick else 5
     sizes = (64, 1024, 16384) if options.full else (1024,)
     ratios: list[float] = []
@@ -553,8 +621,12 @@ def main() -> None:
         quadratic_programs(add, repeats)
     if ratios:
         add("geometric mean / jax", float(np.exp(np.mean(np.log(ratios)))), 1.0, f"{len(ratios)} cells")
-    if options.json:
-        with open(options.json, "w") as file:
+    write(rows, options.json)
+
+
+def write(rows: list[dict[str, Any]], path: str | None) -> None:
+    if path:
+        with open(path, "w") as file:
             json.dump({"rows": rows}, file, indent=1)
 
 
