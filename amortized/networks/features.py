@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, max_pool2d, pad, relu, relu6
 
-from amortized.networks.tiles import Tile, assemble, tiles
+from amortized.networks.tiles import Tile, assemble, extended, tiles
 
 
 class Seen(NamedTuple):
@@ -59,8 +59,7 @@ class FeatureNetwork(nn.Module, abc.ABC):
 
     def forward(self, image: Tensor, moments: bool = True) -> Seen:
         """What is seen in images ``(B, 3, H, W)`` of any size, in [0, 1]; without ``moments`` the style is ``(B, 0)``."""
-        height, width = image.shape[-2:]
-        image = pad(image, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+        image = extended(image, self.stride)
         found: list[list[tuple[Tensor, Tensor, int]]] = []
 
         def see(tile: Tile) -> Tensor:

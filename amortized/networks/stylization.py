@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, relu
+from torch.nn.functional import conv_transpose2d, pad, relu
 
 from amortized.networks.features import PIXELS, EfficientNetLite0, FeatureNetwork
-from amortized.networks.tiles import Tile, assemble, tiles
+from amortized.networks.tiles import Tile, assemble, extended, tiles
 
 
 class Stylization(nn.Module):
@@ -35,10 +35,11 @@ class Stylization(nn.Module):
     Args:
         channels: of the three levels, at 1, 1/2 and 1/4 of the resolution.
         blocks: residual blocks at 1/4 of the resolution.
-        embedding: size of the style embedding, computed from the layers' means and standard deviations.
+        embedding: size of the style embedding.
         features: the feature network of the contexts; ``None``: :class:`~amortized.networks.EfficientNetLite0`.
         tile: without gradients, images of more than ``tile ** 2`` pixels are made in tiles of this side, with the same
             result; a multiple of 4.
+        correlations: learned directions in each style layer whose correlations with each other the embedding sees.
     """
 
     typical: Tensor
@@ -50,6 +51,7 @@ class Stylization(nn.Module):
         embedding: int = 128,
         features: FeatureNetwork | None = None,
         tile: int = 512,
+        correlations: int = 12,
     ) -> None:
         super().__init__()
         if tile % 4:
@@ -67,9 +69,9 @@ class Stylization(nn.Module):
         self.out = nn.Conv2d(fine, 3, 3, 1, 1)
         nn.init.normal_(self.out.weight, std=1e-4)  # at first it only moves the colours
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
-        self.embed = nn.Sequential(
-            nn.Linear(2 * sum(layers), 2 * embedding), nn.SiLU(), nn.Linear(2 * embedding, embedding)
-        )
+        self.project = nn.ParameterList([nn.Parameter(torch.randn(c, correlations) / c**0.5) for c in layers])
+        summary = 2 * sum(layers) + len(layers) * correlations**2
+        self.embed = nn.Sequential(nn.Linear(summary, 2 * embedding), nn.SiLU(), nn.Linear(2 * embedding, embedding))
         self.look = nn.Linear(2 * sum(channels), embedding)
         self.sizes = [coarse, middle, fine] + [coarse] * (2 * blocks) + [middle, fine]
         self.condition = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * sum(self.sizes)))
@@ -77,7 +79,7 @@ class Stylization(nn.Module):
     def forward(self, a: Any) -> Tensor:
         content, statistics, strength = a.content, a.statistics, a.strength
         height, width = content.shape[-2:]
-        image = pad(content, (0, -width % 4, 0, -height % 4), mode="replicate")
+        image = extended(content, 4)
         mean, covariance = statistics[:, :3] / PIXELS, statistics[:, 3:12].unflatten(1, (3, 3)) / PIXELS**2
         coloured = transport(image, mean, covariance)
         image = torch.cat([coloured, image], 1).contiguous(memory_format=torch.channels_last)
@@ -90,15 +92,19 @@ class Stylization(nn.Module):
         first: list[tuple[Tensor, Tensor, int]] = []
 
         def fine(tile: Tile) -> Tensor:
-            return relu(self.encoder[0](2 * tile.of(image) - 1))
+            return relu(self.encoder[0](2 * tile.of(image) - 1), inplace=True)
+
+        x0 = (
+            fine(every[0]) if len(every) == 1 else None
+        )  # of many tiles, made anew where it is needed: they would not fit
 
         def half(tile: Tile) -> Tensor:
-            x = fine(tile)
+            x = fine(tile) if x0 is None else x0
             first.append(_sums(tile.inside(x)))
             return tile.inside(self.encoder[1](x))
 
         x1 = relu(assemble(lines, half))
-        x2 = relu(self.encoder[2](x1))
+        x2 = relu(self.encoder[2](x1), inplace=True)
         moments = [_moments([_sums(x2)]), _moments([_sums(x1)]), _moments(first)]
         seen = torch.cat([torch.cat(moment, 1) for moment in moments], 1)
         condition = self.condition(style + self.look(seen)).split([n for size in self.sizes for n in (size, size)], 1)
@@ -106,30 +112,39 @@ class Stylization(nn.Module):
 
         x = _normalised(x2, moments[0], affine[0])
         for k in range(0, len(self.blocks), 2):
-            h = relu(_normalised(self.blocks[k](x), None, affine[3 + k]))
+            h = relu(_normalised(self.blocks[k](x), None, affine[3 + k]), inplace=True)
             x = x + _normalised(self.blocks[k + 1](h), None, affine[4 + k])
-        x = self.up[0](interpolate(x, scale_factor=2.0)) + _normalised(x1, moments[1], affine[1])
-        x = relu(_normalised(x, None, affine[-2]))
+        x = _of_doubled(self.up[0], x) + _normalised(x1, moments[1], affine[1])
+        x = relu(_normalised(x, None, affine[-2]), inplace=True)
 
         def last(tile: Tile) -> Tensor:
-            below = interpolate(tile.of(x), scale_factor=2.0)
-            return self.up[1](below) + _normalised(fine(tile), moments[2], affine[2])
+            beside = fine(tile) if x0 is None else x0
+            return _of_doubled(self.up[1], tile.of(x)) + _normalised(beside, moments[2], affine[2])
+
+        def shown(x: Tensor, whole: tuple[Tensor, Tensor] | None) -> Tensor:
+            made: Tensor = self.out(relu(_normalised(x, whole, affine[-1]), inplace=True))
+            return made
 
         if len(every) == 1:
-            return self.out(relu(_normalised(last(every[0]), None, affine[-1])))
+            return shown(last(every[0]), None)
         whole = _moments([_sums(tile.inside(last(tile))) for tile in every])
-        return assemble(lines, lambda tile: tile.inside(self.out(relu(_normalised(last(tile), whole, affine[-1])))))
+        return assemble(lines, lambda tile: tile.inside(shown(last(tile), whole)))
 
     def _summary(self, statistics: Tensor) -> Tensor:
-        """Means and logarithms of the standard deviations of the style layers, relative to typical ones ``(B, 2 sum_l C_l)``."""
+        """What the embedding sees of the style layers.
+
+        Means and logarithms of the standard deviations, relative to typical ones ``(B, 2 sum_l C_l)``, and correlations
+        ``P^T R P`` along the learned directions P.
+        """
         parts = statistics.split([n for c in self.layers for n in (c, c * c)], 1)
-        means = torch.cat(parts[::2], 1)
-        variances = [
-            p.unflatten(1, (c, c)).diagonal(dim1=1, dim2=2) for p, c in zip(parts[1::2], self.layers, strict=True)
-        ]
+        covariances = [p.unflatten(1, (c, c)) for p, c in zip(parts[1::2], self.layers, strict=True)]
+        variances = [C.diagonal(dim1=1, dim2=2).clamp(min=0) + 1e-4 for C in covariances]
         mean, deviation = self.typical + 1e-2
-        spread = (torch.cat(variances, 1).clamp(min=0) + 1e-4).sqrt() / deviation
-        return 3 * torch.cat([(means - mean) / deviation, spread.log()], 1)
+        found = [(torch.cat(parts[::2], 1) - mean) / deviation, (torch.cat(variances, 1).sqrt() / deviation).log()]
+        for C, variance, P in zip(covariances, variances, self.project, strict=True):
+            scaled = P * variance.rsqrt()[:, :, None]
+            found.append((scaled.mT @ C @ scaled).flatten(1))
+        return 3 * torch.cat(found, 1)
 
 
 HALO = 8
@@ -156,6 +171,17 @@ def transport(image: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
 def _power(C: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(C)
     return (vectors * values.clamp(min=1e-8)[:, None, :] ** exponent) @ vectors.mT
+
+
+def _of_doubled(conv: Any, x: Tensor) -> Tensor:
+    """A 3 x 3 convolution of ``x`` with every pixel doubled in both directions, in 4/9 of the products.
+
+    Each output pixel sees only 2 x 2 pixels of x, with sums of the weights.
+    """
+    taps = pad(conv.weight, (1, 1, 1, 1))
+    taps = taps[..., 1:, :] + taps[..., :-1, :]
+    taps = taps[..., 1:] + taps[..., :-1]
+    return conv_transpose2d(x, taps.flip(2, 3).transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 def _sums(x: Tensor) -> tuple[Tensor, Tensor, int]:

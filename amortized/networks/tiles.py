@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Tile(NamedTuple):
@@ -34,6 +35,12 @@ class Tile(NamedTuple):
             for read, core, n in zip(self.read, self.core, x.shape[-2:], strict=True)
         )
         return x[..., y, z]
+
+
+def extended(image: Tensor, multiple: int) -> Tensor:
+    """The image with its last row and column repeated, up to a multiple of so many pixels."""
+    below, right = (-n % multiple for n in image.shape[-2:])
+    return pad(image, (0, right, 0, below), mode="replicate") if below or right else image
 
 
 def tiles(image: Tensor, side: int, halo: int) -> list[list[Tile]]:

@@ -53,6 +53,17 @@ class StylePair(NamedTuple):
     """``(B,)``: how far the prediction goes from the content, 0, to the stylised image, 1."""
 
 
+class StyleDraw(NamedTuple):
+    """Images to train on, before the frozen network has seen them."""
+
+    content: Tensor
+    """``(B, 3, H, W)`` in [0, 1]."""
+    style: Tensor
+    """``(B / 2, 3, h, w)``, one for two photographs: its statistics take longest."""
+    share: Tensor
+    """``(B / 2, 1)``: how much of the style before is mixed into this one."""
+
+
 class StyleTransfer(AmortizedModule):
     """Solutions ``(B, 3, H, W)``: pixels, in [0, 1] but for a penalty.
 
@@ -293,7 +304,7 @@ class StylePairs(ContextDataModule):
         i, j = pairs[order].T
         return StylePair(content[i], style[j], target[i], statistics[j], torch.ones(len(order)))
 
-    def sample(self, n: int, generator: torch.Generator) -> StylePair:
+    def sample(self, n: int, generator: torch.Generator) -> StyleDraw:
         photos, paintings = self.images("train")
         device = generator.device
         chance = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=generator, device=device)))
@@ -301,23 +312,25 @@ class StylePairs(ContextDataModule):
         content = torch.stack(
             [crop(photos[draw_index(chance, len(photos))], size, self.size, chance) for _ in range(n)]
         )
-        # Each style for two photographs: its statistics take longest.
         style = torch.stack([self._style(photos, paintings, chance) for _ in range(-(-n // 2))])
-        content, style = content.to(device), style.to(device)
+        share = torch.rand(len(style), 1, generator=chance) * (torch.rand(len(style), 1, generator=chance) < 0.3)
+        return StyleDraw(content.to(device), style.to(device), share.to(device))
+
+    def complete(self, drawn: StyleDraw) -> StylePair:
+        content, style, share = drawn
         target, statistics = self.see(content, moments=False).content, self.see(style).style
-        share = torch.rand(len(style), 1, generator=chance) * (torch.rand(len(style), 1, generator=chance) < 0.2)
-        statistics = torch.lerp(statistics, statistics.roll(1, 0), share.to(device))
-        twice = torch.arange(n, device=device) // 2
-        return StylePair(content, style[twice], target, statistics[twice], torch.ones(n, device=device))
+        statistics = torch.lerp(statistics, statistics.roll(1, 0), share)
+        twice = torch.arange(len(content), device=content.device) // 2
+        return StylePair(content, style[twice], target, statistics[twice], content.new_ones(len(content)))
 
     def _style(self, photos: ImageList, paintings: ImageList, chance: torch.Generator) -> Tensor:
-        source = photos if torch.rand((), generator=chance) < 0.15 else paintings
+        source = photos if torch.rand((), generator=chance) < 0.25 else paintings
         image = crop(
             source[draw_index(chance, len(source))], self.style_size // 2, self.style_size, chance, scales=(0.5, 1.2)
         )
         if torch.rand((), generator=chance) < 0.3:
             image = image.mT
-        if torch.rand((), generator=chance) < 0.3:
+        if torch.rand((), generator=chance) < 0.5:
             image = image[torch.randperm(3, generator=chance)]
             gain, gamma = 0.6 + 0.8 * torch.rand(2, 3, 1, 1, generator=chance)
             image = (gain * (image + 1e-3) ** gamma).clamp(0, 1)
