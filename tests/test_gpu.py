@@ -62,7 +62,10 @@ def test_draws_leave_the_generator_as_it_was():
     assert torch.equal(torch.cuda.get_rng_state(DEVICE), expected)
 
 
-@pytest.mark.parametrize("solver", [GradientDescent(steps=200, lr=0.3), Adam(steps=500, lr=0.1), LBFGS(steps=50)])
+@pytest.mark.parametrize(
+    "solver",
+    [GradientDescent(steps=200, lr=0.3), Adam(steps=500, lr=0.1), LBFGS(steps=50), LBFGS(steps=50, compile=True)],
+)
 def test_solvers_reach_the_optimum(solver):
     a = torch.randn(257, 3, device=DEVICE)
     found = solver.to(DEVICE).solve(problem(), a, torch.zeros_like(a))
