@@ -551,6 +551,8 @@ def main() -> None:
         print(f"{id:48s} {value:12.3g} {sign:9s} {verdict:11s} {detail}", flush=True)
 
     if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: PyTorch finds no GPU here")
         on_gpu(add, options)
         write(rows, options.json)
         return

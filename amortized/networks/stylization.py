@@ -94,9 +94,8 @@ class Stylization(nn.Module):
         def fine(tile: Tile) -> Tensor:
             return relu(self.encoder[0](2 * tile.of(image) - 1), inplace=True)
 
-        x0 = (
-            fine(every[0]) if len(every) == 1 else None
-        )  # of many tiles, made anew where it is needed: they would not fit
+        # Of many tiles it is made anew where it is needed: all of them at once would not fit.
+        x0 = fine(every[0]) if len(every) == 1 else None
 
         def half(tile: Tile) -> Tensor:
             x = fine(tile) if x0 is None else x0

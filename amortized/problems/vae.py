@@ -101,9 +101,8 @@ class VAE(AmortizedModule):
 
     def objective(self, b: Tensor, a: Context) -> Tensor:
         draws = self.importance * (self.samples if self.training else self.eval_samples)
-        exact = torch.promote_types(
-            b.dtype, torch.float32
-        )  # in bfloat16 points near 1 would be 1, and their noise infinite
+        # In bfloat16 points near 1 would be 1, and their noise infinite.
+        exact = torch.promote_types(b.dtype, torch.float32)
         shift = torch.rand(num_rows(b), self.posterior.latent, dtype=exact, device=b.device)
         points = (self.sobol[:draws, None].to(exact) + shift).frac().clamp(1e-6, 1 - 1e-6)
         z, log_q = self.posterior.draw(b, torch.special.ndtri(points).to(b.dtype))
