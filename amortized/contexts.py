@@ -287,7 +287,8 @@ class _Batches(IterableDataset):
             number += stride
 
     def _drawn(self, number: int) -> Batch:
-        sampled = self.data._set(self.split) is None
+        # Endless training contexts are completed on the training device; all that is evaluated comes whole.
+        sampled = self.split == "train" and self.data._set("train") is None
         batch = self.data._sampled if sampled else self.data.batch
         return Batch(self.split, number, self.data._each(self.split, number, batch, "cpu"), not sampled)
 

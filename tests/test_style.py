@@ -13,7 +13,7 @@ from torch.nn.functional import conv2d
 
 from amortized.cli import main
 from amortized.image_files import ImageList, image_folder, photographs, read_image, textures
-from amortized.networks import VGG19, EfficientNetLite0, Stylization, features
+from amortized.networks import VGG19, EfficientNetLite0, Stylization, features, stylization
 from amortized.problem import ProblemError, evaluate
 from amortized.problems import StylePairs, StyleTransfer
 from amortized.solvers import Adam
@@ -107,6 +107,12 @@ def test_the_frozen_network_is_not_trained_nor_saved(module):
     assert trained
     assert trained == set(module.state_dict())
     assert all(name.startswith("network.") for name in trained)
+
+
+def test_doubled_pixels_are_convolved_as_if_they_had_been_doubled():
+    conv, x = nn.Conv2d(5, 3, 3, 1, 1).double(), torch.randn(2, 5, 7, 4, dtype=torch.float64)
+    doubled = nn.functional.interpolate(x, scale_factor=2.0)
+    torch.testing.assert_close(stylization._of_doubled(conv, x), conv(doubled))
 
 
 @pytest.mark.parametrize("shape", [(171, 230), (256, 130)])
@@ -279,8 +285,9 @@ def folders(folder):
     return f"--data.init_args.predict={folder / 'photos'}", f"--data.init_args.predict_style={folder / 'paintings'}"
 
 
-def test_predicts_every_photograph_with_every_painting(trained):
-    files, rows = predict(trained, *folders(trained))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_predicts_every_photograph_with_every_painting(trained, workers):
+    files, rows = predict(trained, *folders(trained), f"--data.init_args.num_workers={workers}")
     assert set(files) == {f"{photo}--image-{k}" for photo in ("image-0", "image-1", "grey") for k in (0, 1)}
     assert {name: image.shape[1:] for name, image in files.items()} == {
         name: ((33, 40) if "grey" in name else (61, 75)) for name in files

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,10 +80,13 @@ class FeatureNetwork(nn.Module, abc.ABC):
 
     def layers(self, style: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Mean ``(B, C_l)`` and covariance ``(B, C_l, C_l)`` of each style layer, views of ``style``."""
-        parts = style.split([n for c in self.channels for n in (c, c * c)], 1)
-        return [
-            (mean, cov.unflatten(1, (-1, mean.shape[1]))) for mean, cov in zip(parts[::2], parts[1::2], strict=True)
-        ]
+        return by_layer(style, self.channels)
+
+
+def by_layer(style: Tensor, channels: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """As :meth:`FeatureNetwork.layers`, of layers with so many channels."""
+    parts = style.split([n for c in channels for n in (c, c * c)], 1)
+    return [(mean, cov.unflatten(1, (-1, mean.shape[1]))) for mean, cov in zip(parts[::2], parts[1::2], strict=True)]
 
 
 class _Gram(torch.autograd.Function):

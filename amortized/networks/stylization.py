@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv_transpose2d, pad, relu
 
-from amortized.networks.features import PIXELS, EfficientNetLite0, FeatureNetwork
+from amortized.networks.features import PIXELS, EfficientNetLite0, FeatureNetwork, by_layer
 from amortized.networks.tiles import Tile, assemble, extended, tiles
 
 
@@ -135,11 +135,10 @@ class Stylization(nn.Module):
         Means and logarithms of the standard deviations, relative to typical ones ``(B, 2 sum_l C_l)``, and correlations
         ``P^T R P`` along the learned directions P.
         """
-        parts = statistics.split([n for c in self.layers for n in (c, c * c)], 1)
-        covariances = [p.unflatten(1, (c, c)) for p, c in zip(parts[1::2], self.layers, strict=True)]
+        means, covariances = zip(*by_layer(statistics, self.layers), strict=True)
         variances = [C.diagonal(dim1=1, dim2=2).clamp(min=0) + 1e-4 for C in covariances]
         mean, deviation = self.typical + 1e-2
-        found = [(torch.cat(parts[::2], 1) - mean) / deviation, (torch.cat(variances, 1).sqrt() / deviation).log()]
+        found = [(torch.cat(means, 1) - mean) / deviation, (torch.cat(variances, 1).sqrt() / deviation).log()]
         for C, variance, P in zip(covariances, variances, self.project, strict=True):
             scaled = P * variance.rsqrt()[:, :, None]
             found.append((scaled.mT @ C @ scaled).flatten(1))
