@@ -47,7 +47,13 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # Where a signal breaks off PyTorch's writer, that fails on its way out and hides why.
+                if isinstance(error.__context__, SystemExit | KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
             file.flush()
             os.fsync(file.fileno())
         digest = unfinished.with_suffix(".sha256")

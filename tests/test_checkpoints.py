@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import signal
 import zipfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from amortized import checkpoint
+from amortized.callbacks.checkpoint import Interrupted
 from amortized.cli import main
 
 MODEL = [
@@ -244,3 +246,38 @@ def test_a_save_that_fails_leaves_the_old_one(last, monkeypatch):
         name for path in (GOOD, LAST) for name in (path.name, f"{path.name}.sha256")
     }
     checkpoint.load(last)
+
+
+def test_a_signal_during_a_save_stops_as_it_should_and_leaves_the_old_one(tmp_path, monkeypatch):
+    path, weights = tmp_path / "some.ckpt", {f"w{k}": torch.zeros(100_000) for k in range(40)}
+    checkpoint.save({"old": torch.ones(1)}, path)
+    before = path.read_bytes()
+
+    def told(*args):
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        # in the middle of the records, where PyTorch's writer is at work
+        patch.setattr(checkpoint.torch, "save", interrupted_save(told))
+        with pytest.raises(Interrupted):
+            checkpoint.save(weights, path)
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["some.ckpt", "some.ckpt.sha256"]
+
+
+def interrupted_save(told):
+    """``torch.save``, which ``told`` breaks off in the tenth write."""
+    save = torch.save
+
+    class Broken:
+        def __init__(self, file):
+            self.file, self.writes = file, 0
+
+        def write(self, data):
+            self.writes += 1
+            return told() if self.writes == 10 else self.file.write(data)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    return lambda obj, file: save(obj, Broken(file))
