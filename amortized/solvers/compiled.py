@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amortized.problem import Context, Problem, leaves, map_leaves, take, value_and_grad
 from amortized.solvers.base import Status
+from amortized.solvers.unrolled import MOST, Unrolled
 
 if TYPE_CHECKING:
     from amortized.solvers.gradient import GradientSolver
@@ -172,6 +173,8 @@ def _compiler(n: int, vectors: bool, forms: Any) -> tuple[Some, Tell]:
     for function in (some, tell):
         _rename(function)
     options: Any = {} if vectors else {"cpp.simdlen": 1}
+    if not vectors and n * n <= MOST:
+        options |= {"post_grad_custom_post_pass": Unrolled(), "max_fusion_size": 2**20}
     # What is read twice is stored: else the flags of a row are worked out again for every number of its H.
     options |= {"realize_reads_threshold": 2, "size_asserts": False, "guard_filter_fn": _but_forms}
     return _compile(some, options=options), _compile(tell)

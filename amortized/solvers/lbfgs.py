@@ -52,12 +52,13 @@ class LBFGS(QuasiNewton):
         tol: gradient norm at which a row is finished; None chooses by dtype.
         noise: relative rounding of the objective that the line search allows for; None chooses by dtype (ε^⅔: 4e-11
             in float64, 2e-5 in float32). Much smaller values stall on ill-conditioned rows.
+        first_step: length of the first trial, in units of b; see :class:`~amortized.solvers.quasi_newton.QuasiNewton`.
         unroll: last steps whose gradients are differentiated; None all, 0 none (first-order).
         lanes: rows at work at a time; None chooses so that the state stays in cache on a CPU, and takes all on a GPU.
         compile: fuse each round with ``torch.compile``; see :class:`~amortized.solvers.GradientSolver`.
 
     Raises:
-        ValueError: if ``memory`` is less than 1.
+        ValueError: if ``memory`` is less than 1, or ``first_step`` is not positive.
     """
 
     def __init__(
@@ -67,15 +68,16 @@ class LBFGS(QuasiNewton):
         dense: int = 30,
         tol: float | None = None,
         noise: float | None = None,
+        first_step: float = 2.0,
         unroll: int | None = None,
         lanes: int | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(steps, tol, noise, unroll, lanes, compile)
+        super().__init__(steps, tol, noise, first_step, unroll, lanes, compile)
         if memory < 1:
             raise ValueError(f"memory must be at least 1, got {memory}")
         self.memory = memory
-        self.small = BFGS(steps, tol, noise, unroll, lanes, compile) if dense else None
+        self.small = BFGS(steps, tol, noise, first_step, unroll, lanes, compile) if dense else None
         self.dense = dense
 
     def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:

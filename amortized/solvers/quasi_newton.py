@@ -61,6 +61,9 @@ class QuasiNewton(GradientSolver):
         tol: gradient norm at which a row is finished; None chooses by dtype.
         noise: relative rounding of the objective that the line search allows for; None chooses by dtype (ε^⅔: 4e-11
             in float64, 2e-5 in float32). Much smaller values stall on ill-conditioned rows.
+        first_step: length of the first trial, in units of b (but 10 times the gradient at most). One too long costs an
+            evaluation, which the next trial interpolates; one too short is accepted and wasted. Worth tuning where
+            ``steps`` are few.
         unroll: last steps whose gradients are differentiated; None all, 0 none (first-order).
         lanes: rows at work at a time; None chooses so that the state stays in cache on a CPU, and takes all on a GPU.
         compile: fuse each round with ``torch.compile``; see :class:`~amortized.solvers.GradientSolver`.
@@ -73,12 +76,15 @@ class QuasiNewton(GradientSolver):
         steps: int = 1000,
         tol: float | None = None,
         noise: float | None = None,
+        first_step: float = 2.0,
         unroll: int | None = None,
         lanes: int | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__(steps, tol, unroll, lanes, compile)
-        self.noise = noise
+        if first_step <= 0:
+            raise ValueError(f"first_step must be positive, got {first_step}")
+        self.noise, self.first_step = noise, first_step
 
     @abc.abstractmethod
     def ignorant(self, b: Tensor) -> Any:
@@ -96,11 +102,8 @@ class QuasiNewton(GradientSolver):
         """The curvature, with H = 1 in the named rows ``(L,)``."""
 
     def first_trial(self, grad: Tensor) -> Tensor:
-        """A step along −grad of length 2, but of 10 times the gradient at most: 2 / ‖g‖, or 10 where that is more.
-
-        A step too long costs an evaluation, which the next trial interpolates; one too short is accepted and wasted.
-        """
-        return (2 / self.dot(grad, grad).sqrt()).clamp(max=10)
+        """A step along −grad of length ``first_step``, but of 10 times the gradient at most."""
+        return (self.first_step / self.dot(grad, grad).sqrt()).clamp(max=10)
 
     def init(self, b: Tensor, value: Tensor, grad: Tensor) -> Walk:
         """Steepest descent, with the first trial step."""
