@@ -8,6 +8,7 @@ pictures, checkpoints and results.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import logging
 import os
@@ -149,22 +150,33 @@ class SaveRecipe(SaveConfigCallback):
         if not self.already_saved and trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            text = self.parser.dump(self.config, skip_unset=False)
             path = folder / "config.yaml"
             for number in range(2, 10_000):
-                if not path.exists() or path.read_text() == text:
+                if not path.exists() or path.read_text() == self.text:
                     break
                 path = folder / f"config-{number}.yaml"
-            path.write_text(text)
+            path.write_text(self.text)
         self.already_saved = True
 
+    # Once a run, not at every save: a dump takes as long as some ten training steps.
+    @functools.cached_property
+    def text(self) -> str:
+        """All settings, as YAML."""
+        text: str = self.parser.dump(self.config, skip_unset=False)
+        return text
+
+    @functools.cached_property
+    def recipe(self) -> dict[str, Any]:
+        """Those that a checkpoint depends on."""
+        return recipe_of(self.text)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint_: dict[str, Any]) -> None:
-        checkpoint_[checkpoint.RECIPE] = recipe_of(self.parser, self.config)
+        checkpoint_[checkpoint.RECIPE] = self.recipe
 
 
-def recipe_of(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+def recipe_of(text: str) -> dict[str, Any]:
     """The settings that a checkpoint depends on: model, data, seed, and how the trainer updates."""
-    everything = yaml.safe_load(parser.dump(config, skip_unset=False))
+    everything = yaml.safe_load(text)
     trainer = {
         key: everything["trainer"].get(key) for key in ("accumulate_grad_batches", "gradient_clip_val", "precision")
     }
@@ -252,7 +264,8 @@ class AmortizedCLI(LightningCLI):
     def _check_recipe(self, path: Path, loaded: dict[str, Any]) -> None:
         """Refuse a checkpoint whose settings disagree with those of this command."""
         command = self.config.subcommand
-        given, saved = recipe_of(self._parser(command), self.config[command]), loaded.get(checkpoint.RECIPE)
+        given = recipe_of(self._parser(command).dump(self.config[command], skip_unset=False))
+        saved = loaded.get(checkpoint.RECIPE)
         if not isinstance(saved, dict):
             raise checkpoint.CheckpointError(
                 f"{path} does not say which recipe it is of: it was not written by this command line"
@@ -390,8 +403,11 @@ class AmortizedCLI(LightningCLI):
         if self.config_init.fit.trainer.fast_dev_run or self.trainer.interrupted:
             return
         last = checkpoint.newest(self.trainer.default_root_dir)
-        if self.trainer.global_step == 0 and last is not None:  # the steps were made in forked processes
-            self.trainer.fit_loop.epoch_loop._batches_that_stepped = checkpoint.load(last)["global_step"]
+        steps = self.trainer.global_step
+        if steps == 0 and last is not None:  # they were made in forked processes
+            steps = checkpoint.load(last)["global_step"]
+        # One less, where all steps were made before the run resumed.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = steps
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         if self.config_init.fit.wandb_artifact and last is not None:
             for logger in self.trainer.loggers:

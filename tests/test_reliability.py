@@ -100,7 +100,7 @@ def test_killed_and_resumed_is_bit_identical(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", range(6), ids=["-".join(map(str, case)) for case in CASES])
+@pytest.mark.parametrize("case", [0, 1, 4, 5], ids=lambda case: "-".join(map(str, CASES[case])))
 def test_killed_again_and_resumed_is_bit_identical(case):
     killed_and_resumed(*CASES[case], kills=3 - case % 3, seed=100 + case)
 
@@ -126,15 +126,17 @@ def test_told_to_stop_saves_once_and_resumes_exactly(number, code, group, proces
     assert_same("stopped", "whole")
 
 
-def test_told_to_stop_in_a_validation(tmp_path):
+@pytest.mark.parametrize("interval", [40, 60], ids=["second of three", "last"])
+def test_told_to_stop_in_a_validation(interval):
     args = recipe()
     args[args.index("--checkpoint.every_n_steps=7")] = "--checkpoint.every_n_steps=1000"
-    args += ["--gap.solver=GradientDescent", "--gap.solver.steps=2000", "--gap.solver.tol=0", "--gap.solver.lr=1e-6"]
+    args += ["--gap.solver=GradientDescent", "--gap.solver.steps=1000", "--gap.solver.tol=0", "--gap.solver.lr=1e-6"]
+    args += [f"--trainer.val_check_interval={interval}"]
     whole = Run([*args, "--run_folder=whole"])
     assert whole.wait() == 0, whole.output()
     stopped = Run([*args, "--run_folder=stopped"])
     stopped.wait_for(lambda: Path("stopped/checkpoints/best.ckpt").exists())
-    time.sleep(0.4)  # the 40 steps to the second validation take less, the validation takes longer
+    time.sleep(interval / 100)  # the steps to the second validation take less, the validation takes longer
     stopped.signal(signal.SIGTERM)
     assert stopped.wait(10) == 143, stopped.output()
     resumed = Run([*args, "--run_folder=stopped", "--ckpt_path=stopped"])

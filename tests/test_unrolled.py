@@ -32,7 +32,12 @@ def matrices(x: Tensor) -> Tensor:
 
 def layouts(x: Tensor) -> tuple[Tensor, ...]:
     rows = x.t().reshape(-1, 2)
-    return rows[:, 0::2] - rows[:, 1::2] ** 2, torch.cat([x[1:], x, rows.t()]), rows.flatten(1).squeeze(-1), x.expand(3, 2, -1)
+    return (
+        rows[:, 0::2] - rows[:, 1::2] ** 2,
+        torch.cat([x[1:], x, rows.t()]),
+        rows.flatten(1).squeeze(-1),
+        x.expand(3, 2, -1),
+    )
 
 
 def joined(x: Tensor) -> Tensor:

@@ -181,6 +181,14 @@ class Interrupt(callbacks.Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Stopped in its last validation, all steps made, it did not start to train.
+        if self._validate:
+            self._validate = False
+            validate(trainer)
+            self.checkpoint.saved.pop()
+            self.checkpoint.save(trainer)  # again, now that nothing is left to do
+
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

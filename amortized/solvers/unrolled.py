@@ -19,7 +19,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
+CONVERT = torch.ops.prims.convert_element_type.default
 
 MOST = 16
 """Numbers a row of a tensor that is taken apart: of two unknowns H has four, of four it has 16."""
@@ -93,14 +94,9 @@ class _Unroller:
             size = _size(node.meta["val"])
             assert size is not None
             shape, rows = size
-            source = node
-            if rows == 0 and len(shape) == 2 and node.op == "call_function":
-                source = self.emit(aten.permute.default, node, [1, 0])
-                source = self.emit(aten.clone.default, source, memory_format=torch.contiguous_format)
-                source = self.emit(aten.permute.default, source, [1, 0])
             nodes = np.empty(shape, dtype=object)
             for index in np.ndindex(shape):
-                part = source
+                part = node
                 for axis in reversed(range(len(shape))):
                     if axis != rows:
                         part = self.emit(aten.select.int, part, axis, index[axis])
@@ -123,7 +119,9 @@ class _Unroller:
                 if like is None:
                     return self.wholes.setdefault(node, node)  # nothing of it depends on the row
                 number = self.emit(aten.sym_size.int, like, 0)
-                lines = [line if self.varies(line) else self.emit(aten.expand.default, line, [number]) for line in lines]
+                lines = [
+                    line if self.varies(line) else self.emit(aten.expand.default, line, [number]) for line in lines
+                ]
             joined = self.emit(aten.cat.default, [self.emit(aten.unsqueeze.default, line, 0) for line in lines])
             shape = [size for axis, size in enumerate(nodes.shape) if axis != rows]
             if rows is None:
@@ -145,7 +143,7 @@ class _Unroller:
     def varies(part: fx.Node) -> bool:
         return not isinstance(part.meta["val"].shape[0], int)
 
-    def taken_apart(self, node: fx.Node) -> Parts | None:
+    def taken_apart(self, node: Any) -> Parts | None:
         """The parts of what an operation gives; None if it is to have its tensors whole."""
         given = [x for x in node.all_input_nodes if self.is_tensor(x)]
         view = node.target in VIEWS
@@ -167,7 +165,7 @@ class _Unroller:
             nodes = self.scattered(node, rows)
         elif node.target is aten.sum.dim_IntList and node.meta["val"].is_floating_point() and not node.kwargs:
             nodes = self.summed(node, shape)
-        elif torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target is prims.convert_element_type.default:
+        elif node.target is CONVERT or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             nodes = self.mapped(node, shape, rows)
         else:
             nodes = None
@@ -175,12 +173,12 @@ class _Unroller:
             return None
         return Parts(nodes, rows)
 
-    def viewed(self, node: fx.Node, shape: tuple[int, ...], rows: int | None) -> np.ndarray | None:
-        (nodes, before), args = self.split(node.args[0]), node.args[1:]  # type: ignore[arg-type]
+    def viewed(self, node: Any, shape: tuple[int, ...], rows: int | None) -> np.ndarray | None:
+        (nodes, before), args = self.split(node.args[0]), node.args[1:]
         if not nodes.ndim or ((before is None) != (rows is None) and node.target is not aten.expand.default):
             return None
         if node.target in (aten.select.int, aten.slice.Tensor):
-            axis = args[0] % nodes.ndim if args else 0  # type: ignore[operator]
+            axis = args[0] % nodes.ndim if args else 0
             if axis == before:
                 return None
             args = (axis, *args[1:])
@@ -188,26 +186,26 @@ class _Unroller:
             return None  # other numbers come before the rows: they are not the same rows
         return VIEWS[node.target](nodes, shape, *args)
 
-    def joined(self, node: fx.Node, rows: int | None) -> np.ndarray | None:
-        every = [self.split(x) for x in node.args[0]]  # type: ignore[union-attr, arg-type]
-        axis = node.args[1] % every[0].nodes.ndim if len(node.args) > 1 else 0  # type: ignore[operator]
+    def joined(self, node: Any, rows: int | None) -> np.ndarray | None:
+        every = [self.split(x) for x in node.args[0]]
+        axis = node.args[1] % every[0].nodes.ndim if len(node.args) > 1 else 0
         if axis == rows or any(parts.rows != rows for parts in every):
             return None
         return np.concatenate([parts.nodes for parts in every], axis)
 
-    def scattered(self, node: fx.Node, rows: int | None) -> np.ndarray | None:
-        into, what = (self.split(x) for x in node.args[:2])  # type: ignore[arg-type]
+    def scattered(self, node: Any, rows: int | None) -> np.ndarray | None:
+        into, what = (self.split(x) for x in node.args[:2])
         axis, *ends = node.args[2:] or (0,)
-        if axis % into.nodes.ndim == rows or into.rows != rows or what.rows != rows:  # type: ignore[operator]
+        if axis % into.nodes.ndim == rows or into.rows != rows or what.rows != rows:
             return None
         nodes = into.nodes.copy()
         nodes[_sliced(nodes, axis, *ends)] = what.nodes
         return nodes
 
-    def summed(self, node: fx.Node, shape: tuple[int, ...]) -> np.ndarray | None:
-        nodes, rows = self.split(node.args[0])  # type: ignore[arg-type]
-        axes = [axis % nodes.ndim for axis in node.args[1]]  # type: ignore[union-attr, operator]
-        if rows in axes:
+    def summed(self, node: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+        nodes, rows = self.split(node.args[0])
+        axes = [axis % nodes.ndim for axis in node.args[1] or ()]
+        if not axes or rows in axes:
             return None
         others = [size for axis, size in enumerate(nodes.shape) if axis not in axes]
         terms = np.moveaxis(nodes, axes, range(len(axes))).reshape(-1, *others)
@@ -217,7 +215,7 @@ class _Unroller:
                 total[index] = self.emit(aten.add.Tensor, total[index], term[index] if others else term)
         return total.reshape(shape)
 
-    def mapped(self, node: fx.Node, shape: tuple[int, ...], rows: int | None) -> np.ndarray | None:
+    def mapped(self, node: Any, shape: tuple[int, ...], rows: int | None) -> np.ndarray | None:
         given, form = pytree.tree_flatten((node.args, node.kwargs))
         if any(isinstance(x, fx.Node) and not self.is_tensor(x) for x in given):
             return None
