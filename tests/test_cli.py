@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 
 from amortized.cli import main, recipes
 
@@ -61,6 +62,24 @@ def test_a_run_writes_one_folder(capsys):
     assert {p.name for p in (folder / "pictures").iterdir()} == {"curves.png", "gap.png", "budget.png"}
     assert "amortization gap, mean" in capsys.readouterr().out
     assert [p for p in Path().iterdir() if p.name not in ("run",)] == []
+
+
+def test_checkpoints_do_not_write_the_recipe_out_anew(monkeypatch):
+    dumped = []
+    dump = LightningArgumentParser.dump
+
+    def counted(self, *args, **kwargs):
+        dumped.append(self)
+        return dump(self, *args, **kwargs)
+
+    monkeypatch.setattr(LightningArgumentParser, "dump", counted)
+    counts = []
+    for every in (4, 1):
+        main(["fit", *TOY, f"--run_folder={every}", "--checkpoint.every_n_steps", str(every), "--budget.enabled=false"])
+        counts.append(len(dumped))
+        dumped.clear()
+    assert len(list(Path("1/checkpoints").glob("step=*.ckpt"))) > 1
+    assert counts[0] == counts[1] > 0
 
 
 def test_all_commands_in_one_process_from_the_recorded_config():
