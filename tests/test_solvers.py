@@ -464,6 +464,7 @@ class Transformed:
 def test_compiled_rounds_follow_the_problem(solver: Solver, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setattr(type(solver), "together", lambda self, n: 1)  # a graph of one round, which compiles soon
     problem, a = Transformed(), torch.arange(6.0 * n, dtype=torch.float64).reshape(6, n)
     for factor, other in ((1.0, 1.0), (2.0, 1.0), (2.0, 3.0)):
         problem.transforms = factor
@@ -473,10 +474,11 @@ def test_compiled_rounds_follow_the_problem(solver: Solver, n: int, monkeypatch:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("solver", "sizes"), [(BFGS(compile=True), (2, 4)), (LBFGS(dense=0, compile=True), (9, 10))])
-def test_another_n_keeps_its_sizes(solver: Solver, sizes: tuple[int, int]) -> None:
+def test_another_n_keeps_its_sizes(solver: Solver, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that vary only from one n to the next are constants of each one's code: the rows of a batch alone are not."""
     if shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setattr(type(solver), "together", lambda self, n: 1)
     torch._dynamo.reset()
     _compiler.cache_clear()
     symbols = []

@@ -173,7 +173,7 @@ def _compiler(n: int, vectors: bool, forms: Any) -> tuple[Some, Tell]:
     for function in (some, tell):
         _rename(function)
     options: Any = {} if vectors else {"cpp.simdlen": 1}
-    if not vectors and n * n <= MOST:
+    if forms is not None and not vectors and n * n <= MOST:
         options |= {"post_grad_custom_post_pass": Unrolled(), "max_fusion_size": 2**20}
     # What is read twice is stored: else the flags of a row are worked out again for every number of its H.
     options |= {"realize_reads_threshold": 2, "size_asserts": False, "guard_filter_fn": _but_forms}
