@@ -40,12 +40,13 @@ class Checkpoint(callbacks.Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.directory = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
 
-    def save(self, trainer: Trainer) -> Path:
-        """Save this training step, unless it is saved already; every process calls it."""
+    def save(self, trainer: Trainer, again: bool = False) -> Path:
+        """Save this training step, unless it is saved already or is to be ``again``; every process calls it."""
         path = self.directory / f"step={trainer.global_step:08d}.ckpt"
-        if path.name in self.saved[-1:]:
+        if path.name not in self.saved[-1:]:
+            self.saved.append(path.name)
+        elif not again:
             return path
-        self.saved.append(path.name)
         old, self.saved = self.saved[: -self.keep], self.saved[-self.keep :]
         # The metrics up to here must be on disk before a checkpoint says that they are; those of a training batch are
         # logged after its hooks, which is too late.
@@ -141,9 +142,7 @@ class Interrupt(callbacks.Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.signum = 0
-        if self._validate:
-            self._validate = False
-            validate(trainer)
+        self._make_up(trainer)
 
         def handle(signum: int, frame: Any) -> None:
             again = self.signum and time.monotonic() - self._told > 1  # a signal to the group can arrive twice at once
@@ -182,12 +181,15 @@ class Interrupt(callbacks.Callback):
         self._restore()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Stopped in its last validation, all steps made, it did not start to train.
-        if self._validate:
-            self._validate = False
+        if self._make_up(trainer):  # all steps were made before, so that training never started
+            self.checkpoint.save(trainer, again=True)
+
+    def _make_up(self, trainer: Trainer) -> bool:
+        """The validation that was due when the run stopped, if one was."""
+        due, self._validate = self._validate, False
+        if due:
             validate(trainer)
-            self.checkpoint.saved.pop()
-            self.checkpoint.save(trainer)  # again, now that nothing is left to do
+        return due
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
