@@ -27,6 +27,7 @@ from amortized.lean import LeanModule
 from amortized.losses import Loss, ObjectiveLoss
 from amortized.problem import Context, ProblemError, check_objective, draws, evaluate
 from amortized.solvers.base import Solver
+from amortized.streams import stream_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -232,7 +233,7 @@ class AmortizedModule(LeanModule, abc.ABC):
             raise ProblemError("batches_per_step > 1 does not scale losses for float16: use precision bf16-mixed or 32")
         training = self.training
         self.eval()  # and with the random numbers put back: the check leaves no trace in the run
-        with draws(0, self.device), torch.no_grad():
+        with draws(stream_seed(0, "check", 0), self.device), torch.no_grad():
             self._check_network(a)
         self.train(training)
         self._checked = True

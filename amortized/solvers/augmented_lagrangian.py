@@ -84,7 +84,7 @@ class AugmentedLagrangian(Solver):
         with torch.inference_mode(False), torch.no_grad():
             a, b = map_leaves(ordinary, a), ordinary(b)
             if len(b) and is_random(problem, b[:1], take(a, slice(0, 1))):
-                problem = CommonDraws(problem, int(torch.randint(2**62, ()).item()))
+                problem = CommonDraws(problem)
             return self._solve(_Lagrangian(problem), a, b, trace)
 
     def _solve(self, lagrangian: _Lagrangian, a: Context, b: Tensor, trace: Trace | None) -> Solution:

@@ -168,7 +168,7 @@ class QuasiNewton(GradientSolver):
         A random objective keeps its draws from one step to the next, or no line search would make sense.
         """
         if len(b) and is_random(problem, b[:1], take(a, slice(0, 1))):
-            problem = CommonDraws(problem, int(torch.randint(2**62, ()).item()))
+            problem = CommonDraws(problem)
         return super().iterates(problem, a, b)
 
     def stalled(self, state: Walk) -> Tensor:

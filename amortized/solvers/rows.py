@@ -192,7 +192,7 @@ class RowSolver(Solver):
                 return _empty(b)
             random = hasattr(problem, "objective") and is_random(problem, b[:1], take(a, slice(0, 1)))
             if random:
-                problem = CommonDraws(problem, int(torch.randint(2**62, ()).item()))
+                problem = CommonDraws(problem)
             if random or trace is not None:
                 return self._solve_in_place(problem, a, b, trace)
             return self._solve(problem, a, b)
