@@ -41,6 +41,7 @@ from amortized.callbacks.checkpoint import raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
 from amortized.callbacks.progress import ProgressBar
 from amortized.contexts import ContextDataModule
+from amortized.launched import tell_faults
 from amortized.lean import Unprofiled, lean
 from amortized.loggers import MetricsLogger, finish, log_checkpoint, wandb_logger
 from amortized.losses import Loss
@@ -72,6 +73,10 @@ RUN = "AMORTIZED_RUN_FOLDER"
 
 class UsageError(ValueError):
     """The command line asks for something impossible."""
+
+
+FAULTS = (UsageError, ProblemError, checkpoint.CheckpointError, MisconfigurationException)
+"""What is told in one line on standard error, with exit status 2."""
 
 
 def recipe_folder() -> Path:
@@ -348,6 +353,8 @@ class AmortizedCLI(LightningCLI):
         if settings["trainer"]["profiler"] is None:
             kwargs["profiler"] = Unprofiled()
         trainer = super().instantiate_trainer(**kwargs)
+        if not os.environ.get("AMORTIZED_DEBUG"):
+            tell_faults(trainer, FAULTS)
         lean(trainer, plain_step=type(self.model).training_step is AmortizedModule.training_step)
         return trainer
 
@@ -457,7 +464,7 @@ def main(args: list[str] | None = None) -> None:
                 "your dataloader is not resumable).*",
             )
             AmortizedCLI(args)
-    except (UsageError, ProblemError, checkpoint.CheckpointError, MisconfigurationException) as error:
+    except FAULTS as error:
         if os.environ.get("AMORTIZED_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
