@@ -286,8 +286,8 @@ class Known(Problem, Protocol):
     above ``optimum`` where solutions are approximations of a family (a mean-field Gaussian for a correlated posterior).
     """
 
-    def optimum(self, a: Context) -> Tensor:
-        """``L*``, the true minimal value ``(B,)``; no ``b`` is below it."""
+    def optimum(self, a: Context) -> Tensor | None:
+        """``L*``, the true minimal value ``(B,)``; no ``b`` is below it. ``None``: not known after all."""
         ...
 
 

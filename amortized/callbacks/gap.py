@@ -69,16 +69,16 @@ def measure_gap(
     unknown = torch.full_like(rows.network, torch.nan)
     again = values(b, fresh) - values(best, fresh) if random else rows.gap
     rows = rows._replace(again=again, family=unknown, optimum=unknown)
-    optimum, family_optimum = (getattr(problem, name, None) for name in ("optimum", "family_optimum"))
-    if decompose and optimum is not None:
-        if family_optimum is not None:
-            family = family_optimum(a)
+    optimum = problem.optimum(a) if decompose and hasattr(problem, "optimum") else None
+    if optimum is not None:
+        if hasattr(problem, "family_optimum"):
+            family = problem.family_optimum(a)
         else:
             with draws(seed, b.device):
                 further = longer(solver, b.dtype).solve(problem, a, best).b
             lower = values(further, seed + 1) <= values(best, seed + 1)
             family = torch.where(lower, values(further, seed + 2), rows.reference)
-        rows = rows._replace(family=family.to(unknown), optimum=optimum(a).to(unknown))
+        rows = rows._replace(family=family.to(unknown), optimum=optimum.to(unknown))
     return rows, best
 
 

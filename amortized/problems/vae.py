@@ -23,7 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from torch.quasirandom import SobolEngine
 
 from amortized.contexts import ContextDataModule
-from amortized.evidence import AnnealedImportanceSampling
+from amortized.evidence import Evidence
 from amortized.module import AmortizedModule
 from amortized.posteriors import Posterior, standard_normal
 from amortized.problem import Context, num_rows
@@ -73,7 +73,7 @@ class VAE(AmortizedModule):
         importance: int = 1,
         samples: int = 1,
         eval_samples: int = 32,
-        evidence: AnnealedImportanceSampling | None = None,
+        evidence: Evidence | None = None,
         freeze_decoder: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -90,8 +90,7 @@ class VAE(AmortizedModule):
         self.importance, self.samples, self.eval_samples = importance, samples, eval_samples
         points = SobolEngine(posterior.latent).draw(importance * max(samples, eval_samples))
         self.register_buffer("sobol", points, persistent=False)
-        if evidence is not None:
-            self.optimum = lambda a: -evidence(self, a)
+        self.evidence = evidence
         if importance > 1:
             self.objective_name = f"negative bound of {importance} draws (nats)"
 
@@ -114,6 +113,10 @@ class VAE(AmortizedModule):
         return math.log(self.importance) - log_weights.unflatten(
             0, (draws // self.importance, self.importance)
         ).logsumexp(1).mean(0)
+
+    def optimum(self, a: Context) -> Tensor | None:
+        """``-log p(a)``, estimated, ``(B,)``; ``None`` without an ``evidence`` to estimate it by."""
+        return None if self.evidence is None else -self.evidence(self, a)
 
     def distortion(self, z: Tensor, a: Context) -> Tensor:
         """``-log p(a | z)`` in nats, ``(S, B)`` for ``z`` ``(S, B, latent)``."""
