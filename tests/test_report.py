@@ -228,6 +228,26 @@ def test_budget_of_known_rows():
     assert summary["rows_never_reached"] == 0
 
 
+def test_a_rival_that_will_not_win_is_given_up():
+    module, a = Quadratic().eval(), torch.randn(32, 3)
+    slow = {"slow": GradientDescent(steps=500, lr=1e-3, momentum=0.0, tol=0.0)}
+    found = measure_budget(module, a, {"LBFGS": LBFGS(50), **slow})
+    for curves in (found.cold, found.warm):
+        assert curves[1].evaluations[-1] < 200
+    assert measure_budget(module, a, slow).cold[0].evaluations[-1] == 501
+    summary = found.summary()
+    assert summary["rival"] == summary["warm_rival"] == "LBFGS"
+    assert summary["rows_never_solved_cold"] == 0
+
+
+def test_a_rival_that_finds_lower_values_is_not_given_up():
+    module, a = Quadratic().eval(), torch.randn(16, 3)
+    short, long = (GradientDescent(steps=k, lr=0.05, momentum=0.0, tol=0.0) for k in (10, 300))
+    found = measure_budget(module, a, {"short": short, "long": long})
+    assert found.cold[1].evaluations[-1] == 301
+    assert found.warm_rival == "long"
+
+
 def test_a_rival_that_never_reaches_the_network_says_so():
     problem = Quadratic().eval()
     problem.forward = lambda a: 2 * a
@@ -249,7 +269,7 @@ def test_all_sides_have_the_same_draws_whatever_their_layout():
     problem, b, a = CommonDraws(Quadratic(noise=1.0), seed=0), torch.randn(5, 3), torch.randn(5, 3)
     assert torch.equal(problem.objective(b, a), problem.objective(b.T.contiguous().T, a))
     module = Quadratic(noise=1.0).eval()
-    found = measure_budget(module, torch.randn(64, 3), {"L": LBFGS(steps=50), "A": Adam(steps=400, lr=0.1)})
+    found = measure_budget(module, torch.randn(64, 3), {"A": Adam(steps=400, lr=0.1), "L": LBFGS(steps=50)})
     ends = [curve.values[-1] for curve in [*found.cold, *found.warm]]
     assert all(torch.allclose(end, ends[0], atol=1e-3) for end in ends)
 
