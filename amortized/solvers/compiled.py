@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amortized.problem import Context, Problem, leaves, map_leaves, take, value_and_grad
 from amortized.solvers.base import Status
-from amortized.solvers.unrolled import MOST, Unrolled
 
 if TYPE_CHECKING:
     from amortized.solvers.gradient import GradientSolver
@@ -173,9 +172,6 @@ def _compiler(n: int, vectors: bool, forms: Any) -> tuple[Some, Tell]:
     for function in (some, tell):
         _rename(function)
     options: Any = {} if vectors else {"cpp.simdlen": 1}
-    if forms is not None and not vectors and n * n <= MOST:
-        # All rounds in one loop over the rows, of however many operations.
-        options |= {"post_grad_custom_post_pass": Unrolled(), "max_fusion_size": 2**20}
     # What is read twice is stored: else the flags of a row are worked out again for every number of its H.
     options |= {"realize_reads_threshold": 2, "size_asserts": False, "guard_filter_fn": _but_forms}
     return _compile(some, options=options), _compile(tell)
