@@ -24,7 +24,7 @@ from amortized.solvers import (
     Status,
     proximal,
 )
-from amortized.solvers.outside import QPSolver, SciPy
+from amortized.solvers.external import QPSolver, SciPy
 
 try:
     import qpsolvers  # here, not in a test: what it imports may set environment variables
@@ -196,7 +196,7 @@ def programs(size: int, rank: int, shared: bool) -> tuple[Programs, QuadraticPro
 @pytest.mark.parametrize("rank", [8, 3], ids=["strictly convex", "degenerate"])
 def test_admm_certifies_its_optimum(rank: int, shared: bool) -> None:
     problem, a, b = programs(20, rank, shared)
-    solver = ADMM(lanes=7)
+    solver = ADMM(chunk=7)
     found, y = solver.solve_with_duals(problem, a, b)
     assert found.converged.all()
     proof = solver.certify(problem, a, found.b, y)

@@ -86,7 +86,7 @@ def longer(solver: Solver, dtype: torch.dtype) -> Solver:
     """A copy of a solver with ten times the steps and a hundredth of the tolerance, those inside it too."""
     strong = copy.deepcopy(solver)
     for part in strong.modules():
-        if isinstance(part, Solver):
+        if isinstance(part, Solver) and "steps" in vars(part):  # those of MultiStart are its solver's
             part.steps, part.tol = 10 * part.steps, tolerance(part.tol, dtype) / 100
     return strong
 

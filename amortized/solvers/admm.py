@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amortized.problem import Context, QuadraticProgram, map_leaves
-from amortized.solvers.base import Solution, Trace, ordinary, require, times
-from amortized.solvers.rows import Rows, RowSolver
+from amortized.problem import Context, QuadraticProgram
+from amortized.solvers.base import Solution, Trace, ordinary
+from amortized.solvers.rows import Rows, RowSolver, times
 
 RELAXATION = 1.6
 EQUALITY = 1e3
@@ -92,12 +92,14 @@ class ADMM(RowSolver):
         rho: penalty ρ at the start.
         check: iterations between looks at the residuals, when ρ adapts too.
         tol: residual at which a row is finished; None chooses by dtype.
-        lanes: rows at work at a time; None for all.
+        chunk: rows at work at a time; None for all.
 
     Raises:
         TypeError: from :meth:`solve`, if the problem lacks ``program``.
         ValueError: if ``rho`` or ``check`` is not positive.
     """
+
+    needs = ("program",)
 
     def __init__(
         self,
@@ -105,33 +107,35 @@ class ADMM(RowSolver):
         rho: float = 0.1,
         check: int = 10,
         tol: float | None = None,
-        lanes: int | None = None,
+        chunk: int | None = None,
     ) -> None:
-        super().__init__(-(-steps // max(check, 1)), tol, lanes)
+        super().__init__(-(-steps // max(check, 1)), tol, chunk)
         if rho <= 0 or check < 1:
             raise ValueError(f"rho and check must be positive, got {rho} and {check}")
         self.rho, self.check = rho, check
 
-    def solve(self, problem: Any, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
+    def _solve(self, problem: Any, a: Context, b: Tensor, trace: Trace | None) -> Solution:
         """As :meth:`Solver.solve`, with what is best decided by ``residual``."""
-        return self.solve_with_duals(problem, a, b, trace=trace)[0]
+        return self._solve_both(problem, a, b, None, trace)[0]
 
     def solve_with_duals(
         self, problem: Any, a: Context, b: Tensor, y: Tensor | None = None, *, trace: Trace | None = None
     ) -> tuple[Solution, Tensor]:
         """The solution and its dual ``y`` ``(B, m)``, from a start ``b`` and, if there is one, a dual start."""
-        require(self, problem, "program")
-        with torch.inference_mode(False), torch.no_grad():
-            a, flat = map_leaves(ordinary, a), ordinary(b).flatten(1)
-            program = problem.program(a)
-            y = torch.zeros_like(program.lower) if y is None else ordinary(y)
-            both = torch.cat([flat, y.to(flat.dtype)], 1)
-            programs: Any = _Programs(problem, program, b.shape[1:], trace is not None)
-            found = super().solve(programs, a, both, trace=trace)
-            n = flat.shape[1]
-            x, y = found.b[:, :n].reshape(b.shape), found.b[:, n:]
-            if len(x):
-                found = found._replace(value=problem.objective(x, a))
+        with self._prepared(problem, a, b) as (problem, a, b):
+            return self._solve_both(problem, a, b, y, trace)
+
+    def _solve_both(
+        self, problem: Any, a: Context, b: Tensor, y: Tensor | None, trace: Trace | None
+    ) -> tuple[Solution, Tensor]:
+        flat, program = b.flatten(1), problem.program(a)
+        y = torch.zeros_like(program.lower) if y is None else ordinary(y)
+        both = torch.cat([flat, y.to(flat.dtype)], 1)
+        programs: Any = _Programs(problem, program, b.shape[1:], trace is not None)
+        found = super()._solve(programs, a, both, trace)
+        n = flat.shape[1]
+        x, y = found.b[:, :n].reshape(b.shape), found.b[:, n:]
+        found = found._replace(value=problem.objective(x, a))
         # A bound that is not there has no force; what is left there is rounding.
         absent = torch.where(y > 0, program.upper, program.lower).isinf()
         return found._replace(b=x), torch.where(absent, 0, y)

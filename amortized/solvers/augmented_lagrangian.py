@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from amortized.problem import CommonDraws, Context, is_random, map_leaves, take, value_and_grad
-from amortized.solvers.base import Solution, Solver, Status, Trace, ordinary, tolerance
+from amortized.problem import Context, take, value_and_grad
+from amortized.solvers.base import Solution, Solver, Status, Trace, tolerance
 from amortized.solvers.lbfgs import LBFGS
 
 
@@ -74,20 +75,17 @@ class AugmentedLagrangian(Solver):
             raise ValueError(f"rho must be positive, got {rho}")
         self.inner, self.rho = inner or LBFGS(steps=300), rho
 
-    def solve(self, problem: Any, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
-        """As :meth:`Solver.solve`, with what is best decided by ``residual``."""
+    def require(self, problem: Any) -> None:
+        """As :meth:`Solver.require`; either kind of constraint will do."""
         if not (hasattr(problem, "equality") or hasattr(problem, "inequality")):
             raise TypeError(
                 f"AugmentedLagrangian needs more of a problem than {type(problem).__name__} has: equality or "
                 "inequality (see amortized.problem); without constraints use LBFGS."
             )
-        with torch.inference_mode(False), torch.no_grad():
-            a, b = map_leaves(ordinary, a), ordinary(b)
-            if len(b) and is_random(problem, b[:1], take(a, slice(0, 1))):
-                problem = CommonDraws(problem, int(torch.randint(2**62, ()).item()))
-            return self._solve(_Lagrangian(problem), a, b, trace)
 
-    def _solve(self, lagrangian: _Lagrangian, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+    def _solve(self, problem: Any, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+        """As :meth:`Solver.solve`, with what is best decided by ``residual``."""
+        lagrangian, inner = _Lagrangian(problem), copy.deepcopy(self.inner)
         tol = self.tol if self.tol is not None else 10 * tolerance(None, b.dtype)
         c, d = lagrangian.constraints(b, a)
         rho = torch.full_like(c.sum(1), self.rho)
@@ -102,8 +100,8 @@ class AugmentedLagrangian(Solver):
         for k in range(self.steps):
             if not len(place):
                 break
-            self._tighten(max(tol / 2, 10.0 ** -(k + 1)))
-            found = self.inner.solve(lagrangian, state, at)
+            inner.tol = max(tol / 2, 10.0 ** -(k + 1))
+            found = inner.solve(lagrangian, state, at)
             at, rho = found.b, state.rho.unsqueeze(1)
             c, d = lagrangian.constraints(at, state.a)
             before = state
@@ -126,11 +124,6 @@ class AugmentedLagrangian(Solver):
             going = (ended == int(Status.LIMIT)).nonzero()[:, 0]
             place, state, at, violation = place[going], take(state, going), at[going], violation[going]
         return best
-
-    def _tighten(self, tol: float) -> None:
-        self.inner.tol = tol
-        if isinstance(self.inner, LBFGS) and self.inner.small is not None:
-            self.inner.small.tol = tol
 
     @staticmethod
     def _residual(lagrangian: _Lagrangian, state: Multiplied, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context
-from amortized.solvers.base import require
 from amortized.solvers.newton import Newton, jacobian
 from amortized.solvers.rows import Rows
 
@@ -30,9 +29,10 @@ class GaussNewton(Newton):
         ValueError: from :meth:`solve`, if ``objective`` is not half the sum of squares.
     """
 
+    needs = ("residuals",)
+
     def begin(self, problem: Any, a: Context, b: Tensor) -> Rows:
-        """Rows that start at ``b``, after a look whether objective and residuals agree."""
-        require(self, problem, "residuals")
+        """Rows that start at ``b``, after a check that objective and residuals agree."""
         value, half = problem.objective(b, a), problem.residuals(b, a).square().sum(1) / 2
         off = (value - half).abs() > 1e-3 * (half.abs() + 1e-6)
         if bool(off.any()):
