@@ -16,6 +16,7 @@ gradient, so that parameters stay finite, moved by the optimizer's momentum and 
 
 from __future__ import annotations
 
+import cmath
 import math
 import warnings
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from amortized.contexts import ContextDataModule
 from amortized.problem import Context, ProblemError, draws, evaluate, leaves, num_rows, take
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class Step(NamedTuple):
 
     number: int
     a: Context | None
-    """Its contexts; ``None`` where they are not kept until the look."""
+    """Its contexts; ``None`` where they are not kept until the look: the data know them by their number."""
     signal: Tensor
     """Its losses."""
 
@@ -83,7 +85,7 @@ class FiniteUpdates:
             self._finite.append(finite)
             return
         # The sum of finite numbers may overflow; that of others is never finite.
-        if math.isfinite(sum(g.sum().item() for g in gradients)) or all(bool(g.isfinite().all()) for g in gradients):
+        if cmath.isfinite(sum(g.sum().item() for g in gradients)) or all(bool(g.isfinite().all()) for g in gradients):
             self._steps.clear()
         elif self.action == "stop":
             self._stop(module)
@@ -99,14 +101,16 @@ class FiniteUpdates:
             ProblemError: on every process, if one of them was not finite.
         """
         if self._finite:
-            finite = bool(torch.stack(self._finite).all())
+            finite = torch.stack(self._finite).tolist()
             self._finite.clear()
-            if not finite:
+            if not all(finite):
+                if len(finite) == len(self._steps):  # unless gradients are accumulated
+                    self._steps = [self._steps[finite.index(False)]]
                 self._stop(module)
             self._steps.clear()
 
     def _later(self, module: AmortizedModule) -> bool:
-        return self.action == "stop" and module.device.type == "cuda"
+        return self.action == "stop" and module.device.type != "cpu"
 
     def _stop(self, module: AmortizedModule) -> None:
         faults = [next((fault for step in self._steps if (fault := _fault(module, step))), None)]
@@ -154,6 +158,9 @@ class FiniteUpdates:
 def _fault(module: AmortizedModule, step: Step) -> str | None:
     """The first row of a batch whose loss, or gradient, is not finite, in words."""
     a, signal = step.a, step.signal
+    data = getattr(module.trainer, "datamodule", None)
+    if a is None and isinstance(data, ContextDataModule):
+        a = data.batch("train", step.number, module.device)
     loss = f"the loss ({type(module.loss).__name__})"
     if a is not None and len(signal) != num_rows(a):  # the loss draws rows
         signal, loss = evaluate(module, module(a), a).detach(), "the objective"
@@ -162,7 +169,9 @@ def _fault(module: AmortizedModule, step: Step) -> str | None:
         # Where a layer mixes rows, all of them may be NaN: that whose context is NaN comes first.
         missing = torch.zeros_like(bad) if a is None else _missing(a)
         row = int((bad & missing if bool((bad & missing).any()) else bad).int().argmax())
-        return f"batch {step.number}, row {row}: {loss} is {float(signal[row]):g}{_of_context(a, row)}"
+        value = float(signal[row])
+        why = ", unbounded below: is a constraint missing?" if value == -math.inf else _of_context(a, row)
+        return f"batch {step.number}, row {row}: {loss} is {value:g}{why}"
     if a is None or bool(_gradient_is_finite(module, a)):
         return None
     low, high = 0, num_rows(a)  # the fault is in rows [low, high): the first half that has one

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
 from amortized.contexts import ContextDataModule
-from amortized.faults import one_line
+from amortized.faults import describe
 from amortized.finite import FiniteUpdates
 from amortized.lean import LeanModule
 from amortized.losses import Loss, ObjectiveLoss
@@ -279,7 +279,9 @@ class AmortizedModule(LeanModule, abc.ABC):
             bad = self._bad_rows.compute()  # of all processes
             if bad > 0:
                 self.log(f"{split}/not_finite", bad)
-                rank_zero_warn(f"{split}/objective is not finite: it is NaN or infinite in {float(bad):.2%} of the rows")
+                rank_zero_warn(
+                    f"{split}/objective is not finite: it is NaN or infinite in {float(bad):.2%} of the rows"
+                )
             if self._shifted_mean.update_called:  # on every process, if on one
                 self.log(f"{split}/shifted/objective", self._shifted_mean.compute())
         for metric in (self._objective_mean, self._shifted_mean, self._bad_rows):
@@ -300,7 +302,7 @@ class AmortizedModule(LeanModule, abc.ABC):
                 what = "contexts" if field is None else f"contexts' {field}"
                 raise ProblemError(
                     f"{type(self).__name__} allows {what} in {_domain(constraint)}; got values from {float(known.min()):g} to "
-                    f"{float(known.max()):g} (row {row} of a batch is outside): scale the data, or choose a likelihood that has them"
+                    f"{float(known.max()):g} (row {row} of a batch): scale the data, or choose a likelihood that has them"
                 )
 
     def check(self, a: Context, updates: int = 1) -> None:
@@ -328,14 +330,17 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     def _try_compiled(self, a: Context) -> None:
         """Compile now, backward pass included, leaving no trace; what cannot be compiled is trained as it is."""
-        parameters, before = [p for p in self.parameters() if p.requires_grad], [b.clone() for b in self.buffers()]
+        parameters, before = list(self.parameters()), [b.clone() for b in self.buffers()]
+        gradients = [p.grad for p in parameters]
         try:
-            with draws(0, self.device):
-                torch.autograd.grad(self.signal(a).mean(), parameters, allow_unused=True)
+            with draws(0, self.device):  # backward, as autograd.grad drops second derivatives without a word
+                self.signal(a).mean().backward()
         except Exception as error:
             first = next((line for line in str(error).splitlines() if line.strip()), "")
             rank_zero_warn(f"compile: true is left out, as this cannot be compiled: {type(error).__name__}: {first}")
             self.signal = self.amortized_step
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
         with torch.no_grad():
             for buffer, value in zip(self.buffers(), before, strict=True):
                 buffer.copy_(value)
@@ -365,7 +370,7 @@ def _told(what: str) -> Iterator[None]:
     except ProblemError:
         raise
     except Exception as error:
-        raise ProblemError(f"{what}: {one_line(error)}") from error
+        raise ProblemError(f"{what}: {describe(error)}; AMORTIZED_DEBUG=1 shows all") from error
 
 
 def _domain(constraint: Constraint) -> str:

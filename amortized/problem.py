@@ -199,8 +199,8 @@ def check_objective(problem: Problem, b: Tensor, a: Context) -> None:
             if not torch.isfinite(grad).all():
                 bad = int((~torch.isfinite(grad)).nonzero()[0])
                 raise ProblemError(
-                    f"the gradient of {name} is {grad[bad]:g} in row {bad} of the first batch, though its value is finite: look for "
-                    "sqrt, norm, log or a division at 0, also in the branch of a torch.where that is not taken."
+                    f"the gradient of {name} is {grad[bad]:g} in row {bad} of the first batch, though its value is finite: look "
+                    "for sqrt, norm, log or a division at 0, also in the branch of a torch.where that is not taken."
                 )
             grad[row] = 0
             if (grad != 0).any():

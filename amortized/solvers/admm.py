@@ -99,6 +99,8 @@ class ADMM(RowSolver):
         ValueError: if ``rho`` or ``check`` is not positive.
     """
 
+    needs = ("program",)
+
     def __init__(
         self,
         steps: int = 5000,

@@ -74,13 +74,17 @@ class AugmentedLagrangian(Solver):
             raise ValueError(f"rho must be positive, got {rho}")
         self.inner, self.rho = inner or LBFGS(steps=300), rho
 
-    def solve(self, problem: Any, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
-        """As :meth:`Solver.solve`, with what is best decided by ``residual``."""
+    def require(self, problem: Any) -> None:
+        """Raises ``TypeError`` unless the problem has constraints."""
         if not (hasattr(problem, "equality") or hasattr(problem, "inequality")):
             raise TypeError(
                 f"AugmentedLagrangian needs more of a problem than {type(problem).__name__} has: equality or "
                 "inequality (see amortized.problem); without constraints use LBFGS."
             )
+
+    def solve(self, problem: Any, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
+        """As :meth:`Solver.solve`, with what is best decided by ``residual``."""
+        self.require(problem)
         with torch.inference_mode(False), torch.no_grad():
             a, b = map_leaves(ordinary, a), ordinary(b)
             if len(b) and is_random(problem, b[:1], take(a, slice(0, 1))):

@@ -97,11 +97,18 @@ class Solver(nn.Module, abc.ABC):
         tol: residual at which a row is finished; None chooses by dtype (1e-6 in float64, 1e-4 in float32).
     """
 
+    needs: tuple[str, ...] = ("objective",)
+    """The methods of a problem that the solver calls."""
+
     def __init__(self, steps: int = 1000, tol: float | None = None) -> None:
         super().__init__()
         if steps < 0:
             raise ValueError(f"steps must not be negative, got {steps}")
         self.steps, self.tol = steps, tol
+
+    def require(self, problem: Any) -> None:
+        """Raises ``TypeError``, which names them, unless the problem has the methods that the solver needs."""
+        require(self, problem, *self.needs)
 
     @abc.abstractmethod
     def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:

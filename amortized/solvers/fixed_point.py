@@ -51,6 +51,8 @@ class Anderson(RowSolver):
         ValueError: if ``damping`` or ``memory`` is out of range.
     """
 
+    needs = ("update",)
+
     def __init__(
         self,
         steps: int = 500,

@@ -30,6 +30,8 @@ class GaussNewton(Newton):
         ValueError: from :meth:`solve`, if ``objective`` is not half the sum of squares.
     """
 
+    needs = ("residuals",)
+
     def begin(self, problem: Any, a: Context, b: Tensor) -> Rows:
         """Rows that start at ``b``, after a look whether objective and residuals agree."""
         require(self, problem, "residuals")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class MultiStart(Solver):
         if starts < 1 or spread < 0:
             raise ValueError(f"starts must be at least 1 and spread not negative, got {starts} and {spread}")
         self.solver, self.starts, self.spread, self.match = solver, starts, spread, match
+
+    def require(self, problem: Any) -> None:
+        """As :meth:`Solver.require`: what the solver needs."""
+        self.solver.require(problem)
 
     def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
         """As :meth:`Solver.solve`: the best of all starts."""

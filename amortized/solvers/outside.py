@@ -96,6 +96,8 @@ class QPSolver(Solver):
         TypeError: from :meth:`solve`, if the problem lacks ``program``.
     """
 
+    needs = ("program",)
+
     def __init__(self, name: str = "clarabel", tol: float | None = None) -> None:
         super().__init__(1, tol)
         self.name = name
