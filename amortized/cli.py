@@ -276,9 +276,11 @@ class AmortizedCLI(LightningCLI):
                 f"{path} is of another recipe: it holds a {classes[0]}, the recipe asks for a {classes[1]}"
             )
         if command != "fit":
-            saved, given = ({"model": _evaluated(recipe["model"])} for recipe in (saved, given))
+            saved, given = ({"model": _without(recipe["model"], "free_settings")} for recipe in (saved, given))
         elif "optimizer_states" not in loaded:
             raise checkpoint.CheckpointError(f"{path} holds no state of training: it can be tested, not continued")
+        else:
+            saved, given = (r | {"model": _without(r["model"], "resumable_settings")} for r in (saved, given))
         differences = checkpoint.compare_recipes(saved, given)
         if differences:
             more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
@@ -415,9 +417,9 @@ class AmortizedCLI(LightningCLI):
                     log_checkpoint(logger, last)
 
 
-def _evaluated(model: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a model that matter once it is trained."""
-    free = jsonargparse._util.import_object(model["class_path"]).free_settings
+def _without(model: dict[str, Any], settings: str) -> dict[str, Any]:
+    """The settings of a model but for those that its class names under ``settings``."""
+    free = getattr(jsonargparse._util.import_object(model["class_path"]), settings)
     init = {name: value for name, value in model["init_args"].items() if name not in free}
     return {**model, "init_args": init}
 

@@ -196,6 +196,12 @@ def check_objective(problem: Problem, b: Tensor, a: Context) -> None:
         for row in {0, B - 1}:
             (grad,) = torch.autograd.grad(value[row], point, retain_graph=True)
             grad = grad.flatten(1).abs().sum(1)
+            if not torch.isfinite(grad).all():
+                bad = int((~torch.isfinite(grad)).nonzero()[0])
+                raise ProblemError(
+                    f"the gradient of {name} is {grad[bad]:g} in row {bad} of the first batch, though its value is finite: look "
+                    "for sqrt, norm, log or a division at 0, also in the branch of a torch.where that is not taken."
+                )
             grad[row] = 0
             if (grad != 0).any():
                 other = int((grad != 0).nonzero()[0])

@@ -67,11 +67,19 @@ gap: {solver: {class_path: LBFGS, init_args: {steps: 60}}, max_fraction: 1}
 budget: {contexts: 50, rivals: {LBFGS: {class_path: LBFGS, init_args: {steps: 60}}}}
 """
 
-FRACTION, NUMBER, COUNT, NAME = "fraction", "number", "count", "name"
+FRACTION, NUMBER, COUNT, NAME, TEXT = "fraction", "number", "count", "name", "text"
 SCHEMA = {
     "objective": {"network": NUMBER, "solver": NUMBER},
-    "gap": {"mean": NUMBER, "median": NUMBER, "p95": NUMBER, "relative": NUMBER, "stderr": NUMBER, "noise": NUMBER},
-    "rows": {"total": COUNT, "converged": FRACTION, "diverged": FRACTION, "lost": FRACTION},
+    "gap": {
+        "mean": NUMBER,
+        "median": NUMBER,
+        "p95": NUMBER,
+        "relative": NUMBER,
+        "stderr": NUMBER,
+        "noise": NUMBER,
+        "rounding": NUMBER,
+    },
+    "rows": {"total": COUNT, "converged": FRACTION, "diverged": FRACTION, "lost": FRACTION, "unbounded": FRACTION},
     "time": {
         "network": NUMBER,
         "solver": NUMBER,
@@ -90,6 +98,7 @@ SCHEMA = {
         "rows_never_solved_cold": FRACTION,
         "rows_never_solved_warm": FRACTION,
     },
+    "solver": {"advice": TEXT},
 }
 
 
@@ -104,6 +113,8 @@ def check_schema(found):
                 assert value is None, key
             elif kind is COUNT:
                 assert type(value) is int, key
+            elif kind is TEXT:
+                assert value is None or value, key
             elif kind is NAME:
                 assert type(value) is str, key
             elif kind is FRACTION:
@@ -255,8 +266,9 @@ def test_a_rival_that_never_reaches_the_network_says_so():
     summary = found.summary()
     assert summary["rows_never_reached"] == summary["rows_never_solved_cold"] == 1
     assert summary["equal_quality_ratio"] == summary["row_ratio_median"] == summary["evaluations_saved"] == math.inf
-    gap = dict.fromkeys(("network", "reference", "mean", "median", "p95", "relative", "stderr", "noise"), math.nan)
-    gap |= {"total": 8.0, "converged": 0.0, "diverged": 1.0, "lost": 0.0, "relative": 16945.0}
+    keys = ("network", "reference", "mean", "median", "p95", "relative", "stderr", "noise", "rounding")
+    gap = dict.fromkeys(keys, math.nan)
+    gap |= {"total": 8.0, "converged": 0.0, "diverged": 1.0, "lost": 0.0, "unbounded": 0.0, "relative": 16945.0}
     told = results(gap, found)
     check_schema(told)
     assert told["time"]["equal_quality_ratio"] is None

@@ -171,3 +171,33 @@ class Pair(NamedTuple):
 class Pairs(ContextDataModule):
     def sample(self, n, generator):
         return Pair(*(torch.randn(n, 3, generator=generator, device=generator.device) for _ in range(2)))
+
+
+class LateNaN(Gaussians):
+    """Gaussians; in row 3 of training batch ``number`` stands ``value``, or NaN."""
+
+    def __init__(self, number: int = 5, value: float | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.number, self.value = number, torch.nan if value is None else value
+
+    def batch(self, split, number, device="cpu"):
+        a = super().batch(split, number, device)
+        if split == "train" and number == self.number:
+            a = a.clone()
+            a[3, 0] = self.value
+        return a
+
+
+class Sharp(Quadratic):
+    """Quadratic, but on contexts that begin with 7: there the objective is infinite, NaN, or finite with a gradient of NaN."""
+
+    def __init__(self, fault: str = "gradient", **kwargs):
+        super().__init__(**kwargs)
+        self.fault = fault
+
+    def objective(self, b, a):
+        at = a[:, 0] == 7
+        value = super().objective(b, a)
+        if self.fault == "gradient":
+            return value + 0 * (~at * b.square().sum(1)).sqrt()
+        return value + torch.where(at, {"nan": torch.nan, "inf": torch.inf}[self.fault], 0.0)

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from amortized.module import AmortizedModule
-from amortized.problem import CommonDraws, Context, Problem, evaluate, is_random, num_rows, take
+from amortized.problem import CommonDraws, Context, Problem, ProblemError, evaluate, is_random, num_rows, take
 from amortized.solvers import LBFGS, Adam, Solver
 
 ROUNDING = 1e-6
@@ -92,10 +93,21 @@ class Budget(NamedTuple):
         return first(curve.seconds, curve.values, target.nan_to_num(nan=torch.inf)) / self.network_seconds
 
     @property
+    def best(self) -> Tensor:
+        """``L*``, the lowest value that anyone found ``(B,)``."""
+        ends = torch.stack([self.network, *(curve.values[-1] for curve in self.cold + self.warm)])
+        return ends.nan_to_num(nan=torch.inf).amin(0)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether more than rounding lies between the lowest value and the network's or the start's, on half of the rows at least."""
+        between = torch.maximum(self.network, self.start) - self.best
+        return bool((~(between <= ROUNDING * self.best.abs())).double().mean() >= 0.5)
+
+    @property
     def goal(self) -> Tensor:
         """The value ``(B,)`` at which a row counts as solved; see the module's docstring."""
-        ends = torch.stack([self.network, *(curve.values[-1] for curve in self.cold + self.warm)])
-        best = ends.nan_to_num(nan=torch.inf).amin(0)
+        best = self.best
         scale = torch.where(self.start.isfinite(), (self.start - best).clamp(min=0), best.abs())
         return best + self.tol * scale + ROUNDING * best.abs()
 
@@ -332,6 +344,13 @@ class BudgetMonitor(Callback):
         self.contexts, self.enabled = contexts, enabled
         self.budget: Budget | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for name, solver in (self.rivals or {}).items() if self.enabled else ():
+            try:
+                solver.require(pl_module)
+            except TypeError as error:
+                raise ProblemError(f"budget.rivals, {name}: {error}") from error
+
     def on_test_batch_end(
         self,
         trainer: Trainer,
@@ -344,4 +363,9 @@ class BudgetMonitor(Callback):
         first = batch_idx == dataloader_idx == 0
         if self.enabled and first and trainer.is_global_zero and isinstance(pl_module, AmortizedModule):
             a = take(batch, slice(0, min(self.contexts, num_rows(batch))))
-            self.budget = measure_budget(pl_module, a, self.rivals or default_rivals(LBFGS()))
+            found = measure_budget(pl_module, a, self.rivals or default_rivals(LBFGS()))
+            self.budget = found if found.resolved else None
+            if not found.resolved:
+                rank_zero_warn(
+                    "no times to equal quality: beside the objective's size, its differences are within rounding"
+                )

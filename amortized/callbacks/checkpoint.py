@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from pathlib import Path
@@ -21,7 +22,8 @@ class Checkpoint(callbacks.Checkpoint):
     Args:
         every_n_steps: training steps between two checkpoints.
         keep: how many of them to keep; the newest.
-        monitor: a logged metric of validation; the checkpoint where it was lowest is kept as ``best.ckpt``.
+        monitor: a logged metric of validation; the checkpoint where it was lowest is kept as ``best.ckpt``, among those whose
+            validation had no row with an objective that is not finite.
     """
 
     def __init__(self, every_n_steps: int = 500, keep: int = 2, monitor: str | None = "val/objective") -> None:
@@ -73,7 +75,8 @@ class Checkpoint(callbacks.Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking or not between_steps(trainer):
             return
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        if value is not None and float(value) < self.best:
+        sound = math.isfinite(trainer.callback_metrics.get("val/objective", 0.0))  # NaN, if one row is
+        if value is not None and sound and float(value) < self.best:
             self.best = float(value)
             trainer.save_checkpoint(self.directory / "best.ckpt", weights_only=False)
         if trainer.global_step % self.every_n_steps == 0:

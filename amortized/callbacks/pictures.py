@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
@@ -32,6 +33,8 @@ def draw_curves(lines: list[dict[str, str]], objective: str) -> Figure | None:
         for name, color in zip(names, ("#9ca3af", "#1f4e8c") if len(names) == 2 else GAP_COLORS, strict=True):
             x, y = found[name]
             axes.plot(x, y, color=color, linewidth=1.3, marker="o" if 0 < len(x) < 25 else "", markersize=3, label=name)
+        if "val/gap/mean" in names:
+            title += _band(axes, lines)
         drawn = [v for name in names for v in found[name][1] if v == v]
         if drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
             axes.set_yscale("log")
@@ -39,6 +42,16 @@ def draw_curves(lines: list[dict[str, str]], objective: str) -> Figure | None:
         axes.grid(**GRID)
         axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3)
     return figure
+
+
+def _band(axes: Axes, lines: list[dict[str, str]]) -> str:
+    """Shade two standard errors around the mean gap, and say of how many contexts it is."""
+    x, mean = _points(lines, "val/gap/mean")
+    error = dict(zip(*_points(lines, "val/gap/stderr"), strict=True))
+    band = torch.tensor([[m, 2 * error.get(at, math.nan)] for at, m in zip(x, mean, strict=True)]).reshape(-1, 2)
+    axes.fill_between(x, *torch.stack([band[:, 0] - band[:, 1], band[:, 0] + band[:, 1]]).numpy(), color="#1f4e8c22")
+    totals = sorted({int(n) for n in _points(lines, "val/gap/total")[1]})
+    return f" on {'–'.join(map(str, totals[:: max(len(totals) - 1, 1)]))} contexts, mean ± 2 s.e." if totals else ""
 
 
 GAP_COLORS = ("#1f4e8c", "#5b9bd5", "#e07b39")

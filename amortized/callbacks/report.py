@@ -16,6 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
+from amortized.callbacks.advice import advice
 from amortized.callbacks.budget import Budget, BudgetMonitor
 from amortized.callbacks.gap import Cases, GapMonitor
 from amortized.callbacks.page import page
@@ -35,15 +36,18 @@ NOT_MEASURED: dict[str, Any] = dict.fromkeys(
 """``time`` in ``results.json`` where there was no budget."""
 
 
-def results(gap: dict[str, float], budget: Budget | None, shifted: dict[str, float] | None = None) -> dict[str, Any]:
+def results(
+    gap: dict[str, float], budget: Budget | None, shifted: dict[str, float] | None = None, advice: str | None = None
+) -> dict[str, Any]:
     """The content of ``results.json``: groups of numbers, each of which has all of its keys.
 
     ``objective``: ``network`` and ``solver``, the mean objectives, in the objective's unit.
 
-    ``gap``: ``mean``, ``median``, ``p95`` and ``stderr`` (of the mean) in the objective's unit; ``relative``, a fraction;
-    ``noise``, the part of ``stderr`` that is due to the draws of a random objective.
+    ``gap``: ``mean``, ``median``, ``p95`` and ``stderr`` (of the mean) in the objective's unit; ``relative``, a fraction,
+    ``null`` where the solver's objective is about zero; ``noise``, the part of ``stderr`` that is due to the draws of a random
+    objective; ``rounding``, what the gap can be off by, of the precision of the evaluation.
 
-    ``rows``: ``total``, a count; ``converged``, ``diverged`` and ``lost``, fractions of it, as in
+    ``rows``: ``total``, a count; ``converged``, ``diverged``, ``lost`` and ``unbounded``, fractions of it, as in
     :class:`~amortized.metrics.AmortizationGap`.
 
     ``time``, all of it ``null`` where it was not measured, on the first contexts of the test in one batch:
@@ -63,10 +67,13 @@ def results(gap: dict[str, float], budget: Budget | None, shifted: dict[str, flo
 
     ``shifted``, only where the data have shifted contexts: ``objective``, ``gap``, ``rows`` (and ``decomposition``) of those.
 
+    ``solver``: ``advice``, what to change first about the measurement, in one line, or ``null``: see
+    :func:`~amortized.callbacks.advice.advice`.
+
     What is not finite is ``null``: a mean without a finite row; a median that is infinite, as half of the rows never got there.
     """
     timed = NOT_MEASURED if budget is None else budget.summary()
-    found: dict[str, dict[str, Any]] = {**_measured(gap), "time": _finite(timed)}
+    found: dict[str, Any] = {**_measured(gap), "time": _finite(timed), "solver": {"advice": advice}}
     return found | ({"shifted": _measured(shifted)} if shifted else {})
 
 
@@ -74,8 +81,11 @@ def _measured(gap: dict[str, float]) -> dict[str, dict[str, Any]]:
     """The groups of ``results.json`` that one set of contexts has."""
     groups = {
         "objective": {"network": gap["network"], "solver": gap["reference"]},
-        "gap": {name: gap[name] for name in ("mean", "median", "p95", "relative", "stderr", "noise")},
-        "rows": {"total": int(gap["total"]), **{name: gap[name] for name in ("converged", "diverged", "lost")}},
+        "gap": {name: gap[name] for name in ("mean", "median", "p95", "relative", "stderr", "noise", "rounding")},
+        "rows": {
+            "total": int(gap["total"]),
+            **{name: gap[name] for name in ("converged", "diverged", "lost", "unbounded")},
+        },
         "decomposition": {
             k.removeprefix("decomposition/"): v for k, v in gap.items() if k.startswith("decomposition/")
         },
@@ -96,7 +106,7 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
         ("amortization gap, mean ± standard error", f"{_number(g['mean'])} ± {_number(g['stderr'])}"),
         ("                  median", _number(g["median"])),
         ("                  95th percentile", _number(g["p95"])),
-        ("                  relative", _relative(g["relative"]) if g["relative"] is not None else "not finite"),
+        *([("                  relative", _relative(g["relative"]))] if g["relative"] is not None else []),
         ("rows converged", f"{r['converged']:.1%}"),
         ("rows diverged", f"{r['diverged']:.1%}"),
         ("rows where the cold solver lost to the network", f"{r['lost']:.1%}"),
@@ -154,7 +164,8 @@ def table(found: dict[str, Any], name: str, objective: str) -> str:
     width = max(len(label) for label, _ in rows) + 2
     text = [f"{label:<{width}}{value:>20}" for label, value in rows]
     rule = "─" * max(map(len, text))
-    return "\n".join([_title(found, name), rule, *text, rule])
+    note = [f"note: {found['solver']['advice']}"] if found["solver"]["advice"] else []
+    return "\n".join([_title(found, name), rule, *text, rule, *note])
 
 
 def _title(found: dict[str, Any], name: str) -> str:
@@ -241,7 +252,8 @@ class Report(Callback):
             return
         directory = Path(trainer.default_root_dir)
         budget = self.budget.budget if self.budget is not None else None
-        found = results(self.gap.results, budget, self.gap.shifted)
+        told = advice(pl_module, self.gap.solver, self.gap.results)
+        found = results(self.gap.results, budget, self.gap.shifted, told)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "results.json").write_text(json.dumps(found, indent=2) + "\n")
         for logger in trainer.loggers:
@@ -267,7 +279,8 @@ class Report(Callback):
             title=self.name,
             subtitle=f"{_title(found, self.name).split(': ')[1].capitalize()}.",
             cards=cards(found, module.objective_name),
-            numbers=lines(found, module.objective_name),
+            numbers=lines(found, module.objective_name)
+            + ([("note", found["solver"]["advice"])] if found["solver"]["advice"] else []),
             pictures=pictures,
             worst=[
                 {

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.distributions import constraints
 from torch.nn.functional import affine_grid, grid_sample, one_hot
 
 from amortized.contexts import ContextDataModule
@@ -34,6 +35,15 @@ class Labelled(NamedTuple):
     """``p``: ``(B, 10)``, on the simplex."""
 
 
+class _Simplex(constraints.Constraint):
+    """As ``constraints.simplex``, whose sums must be 1 to 1e-6, which those of many classes or in half precision are not."""
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value >= 0).all(-1) & ((value.sum(-1) - 1).abs() < 1e-2)
+
+
 class Classification(AmortizedModule):
     """The class distribution of an image. Solutions ``(B, 10)``: logits; only the image is observed."""
 
@@ -45,6 +55,10 @@ class Classification(AmortizedModule):
     def optimum(self, a: Labelled) -> Tensor:
         """The minimal value, ``H(p)`` of shape ``(B,)``, at ``b = log p``."""
         return -torch.xlogy(a.target, a.target).sum(1)
+
+    def support(self) -> dict[str, constraints.Constraint]:
+        """A target is a distribution over the classes."""
+        return {"target": _Simplex()}
 
     def observe(self, a: Labelled) -> Tensor:
         """The image ``(B, 64)``."""

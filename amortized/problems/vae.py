@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from torch.quasirandom import SobolEngine
 
@@ -93,6 +93,10 @@ class VAE(AmortizedModule):
         self.evidence = evidence
         if importance > 1:
             self.objective_name = f"negative bound of {importance} draws (nats)"
+
+    def support(self) -> constraints.Constraint:
+        """Of the pixels' likelihood: ``[0, 1]`` or all real numbers."""
+        return constraints.unit_interval if self.likelihood == "bernoulli" else constraints.real
 
     def initial(self, a: Context) -> Tensor:
         """The prior."""
