@@ -400,6 +400,10 @@ class AmortizedCLI(LightningCLI):
         for process in forked:
             os.kill(process.pid, signum)
 
+    def before_fit(self) -> None:
+        """A test follows: what its contexts lack is better known now."""
+        self.datamodule.fit_needs = ("train", "val", "test")
+
     def after_fit(self) -> None:
         """Measure the trained model on the test contexts."""
         if self.config_init.fit.trainer.fast_dev_run or self.trainer.interrupted:
@@ -451,7 +455,8 @@ def main(args: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore",
-                message=".*(does not have many workers|LeafSpec|args parameter is intended|recommended to use .self.log).*",
+                message=".*(does not have many workers|LeafSpec|args parameter is intended|recommended to use .self.log|"
+                "your dataloader is not resumable).*",
             )
             AmortizedCLI(args)
     except (UsageError, ProblemError, checkpoint.CheckpointError, MisconfigurationException) as error:

@@ -2,12 +2,13 @@ r"""Distributions and finite sets of contexts, as a LightningDataModule.
 
 Contexts are a pure function of ``(seed, split, number of the batch)``. So every process, loader worker and resumed run
 sees the same ones; training batches are dealt to processes in turn, evaluation batches too, each exactly once, without
-padding; and the only state of the stream is how many batches training has used.
+padding; and the only state of the stream is how many batches training has used: it goes on there with every new epoch.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +20,21 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from amortized.problem import Context, ProblemError, leaves, map_leaves, num_rows, start_draws, take
+from amortized.problem import (
+    Context,
+    ProblemError,
+    check_context,
+    fault,
+    leaves,
+    map_leaves,
+    num_rows,
+    start_draws,
+    take,
+)
+from amortized.streams import check_seed, stream_seed
 
-_STREAMS = ("train", "val", "test", "order", "train noise", "val noise", "test noise", "predict noise")
 _SHIFTED = "shifted "  # opens the name of a split of the shifted contexts
-_BITS = 29  # of a 32-bit seed, for the number within a stream; 3 name the stream
+_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 def data_roots() -> list[Path]:
@@ -32,32 +43,13 @@ def data_roots() -> list[Path]:
     return [Path(given).expanduser()] if given else []
 
 
-def stream_seed(seed: int, stream: str, number: int) -> int:
-    """The 32-bit seed of one batch: for a given ``seed``, no two of all streams and numbers share one.
-
-    Torch's CPU generator keeps only 32 bits of a seed, so hashes would collide after some 10^5 batches. Here 29 bits
-    hold a permutation of the number.
-
-    >>> len({stream_seed(0, "train", k) for k in range(10_000)} | {stream_seed(0, "val", k) for k in range(10_000)})
-    20000
-    """
-    mask = (1 << _BITS) - 1
-    if not 0 <= number <= mask:
-        raise ValueError(f"batch number {number} is outside a stream's range, 0 to {mask}")
-    key = (seed * 0x9E3779B97F4A7C15) % 2**64
-    x = (number ^ key) & mask
-    for multiplier in (0x2C1B3C6D, 0x297A2D39):  # odd, so that each round is a bijection of 29 bits
-        x = (x ^ (x >> 15)) * multiplier & mask
-        x = (x + (key >> 29)) & mask
-    return _STREAMS.index(stream) << _BITS | (x ^ (x >> 14))
-
-
 class Batch(NamedTuple):
     """A numbered batch on its way to the model; its contexts are there only if a loader worker drew them."""
 
     split: str
     number: int
-    contexts: list[Any] | None = None
+    contexts: list[Any] | ProblemError | None = None
+    """Also the fault that kept the worker from drawing them."""
     complete: bool = True
     """Whether they are more than what ``sample`` drew."""
 
@@ -78,7 +70,7 @@ class ContextDataModule(LightningDataModule):
         num_val: validation contexts, where they are sampled.
         num_test: test contexts, where they are sampled.
         eval_batch_size: contexts in an evaluation batch; whole batches are dealt to the processes.
-        seed: of the contexts. Another seed gives other contexts, in every split.
+        seed: of the contexts, 0 to 2^32 - 1. Another seed gives other contexts, in every split.
         batches_per_step: context batches, each with an update of its own, in one training step of the Trainer.
         num_workers: loader processes, which draw on the CPU; 0 draws on the training device.
         predict: a file (.pt, .npy, .npz) of contexts to predict solutions for; ``None``: the test contexts.
@@ -103,10 +95,15 @@ class ContextDataModule(LightningDataModule):
         for name in ("batch_size", "num_val", "num_test", "eval_batch_size", "batches_per_step"):
             if locals()[name] < 1:
                 raise ValueError(f"data.{name} must be at least 1; got {locals()[name]}")
+        try:
+            self.seed = check_seed(seed)
+        except ValueError as error:
+            raise ValueError(f"data.seed: {error}") from None
         self.batch_size, self.eval_batch_size, self.batches_per_step = batch_size, eval_batch_size, batches_per_step
         self.num_rows = {"val": num_val, "test": num_test}
-        self.seed, self.num_workers, self.predict, self.shifted = seed, num_workers, predict, shifted
+        self.num_workers, self.predict, self.shifted = num_workers, predict, shifted
         self.position = 0
+        self.fit_needs: tuple[str, ...] = ("train", "val")
         self._finite: dict[str, Context | Dataset | None] = {}
         self._order: tuple[int, Tensor] | None = None
 
@@ -118,7 +115,7 @@ class ContextDataModule(LightningDataModule):
 
     def contexts(self, split: str) -> Context | Dataset | None:
         """The finite set of a split: all its rows, or a map-style data set of single rows; ``None`` samples without end."""
-        return None if split == "train" else self.complete(self.sample(self.num_rows[split], self._generator(split, 0)))
+        return None if split == "train" else self._sampled(split, 0, self.num_rows[split])
 
     def complete(self, drawn: Any) -> Context:
         """The contexts of what ``sample`` drew, where a part of them is better worked out on the training device.
@@ -141,17 +138,35 @@ class ContextDataModule(LightningDataModule):
         """
         contexts = self._set(split)
         if contexts is None:
-            return self.complete(self._sampled(split, number, device))
+            return self._sampled(split, number, self.batch_size, device)
         if not isinstance(contexts, Dataset):
             contexts = self._finite[split] = map_leaves(lambda leaf: leaf.to(device), contexts)
         if split == "train":
-            a = _rows(contexts, self._shuffled(number, _size(contexts)), device)
-            return self.augment(a, self._generator(split, number, device))
+            a = self._rows(split, contexts, self._shuffled(number, _size(contexts)), device)
+            augmented = self._ask("augment", a, self._generator(split, number, device))
+            return check_context(augmented, f"{type(self).__name__}.augment")
         every = torch.arange(_size(contexts))
-        return _rows(contexts, every[number * self.eval_batch_size :][: self.eval_batch_size], device)
+        return self._rows(split, contexts, every[number * self.eval_batch_size :][: self.eval_batch_size], device)
 
-    def _sampled(self, split: str, number: int, device: torch.device | str) -> Any:
-        return self.sample(self.batch_size, self._generator(split, number, device))
+    def _drawn(self, split: str, number: int, n: int, device: torch.device | str = "cpu") -> Any:
+        """What ``sample`` draws, still to be completed."""
+        return self._ask("sample", n, self._generator(split, number, device))
+
+    def _sampled(self, split: str, number: int, n: int, device: torch.device | str = "cpu") -> Context:
+        return self._completed(self._drawn(split, number, n, device), n)
+
+    def _completed(self, drawn: Any, n: int) -> Context:
+        return check_context(self._ask("complete", drawn), f"{type(self).__name__}.sample({n}, generator)", n)
+
+    def _ask(self, method: str, *given: Any) -> Any:
+        """What a method that a subclass may write returns; a fault in it is told in one line."""
+        try:
+            return getattr(self, method)(*given)
+        except ProblemError:
+            raise
+        except Exception as error:
+            shown = ", ".join(repr(x) if isinstance(x, str | int) else "..." for x in given)
+            raise ProblemError(f"{type(self).__name__}.{method}({shown}) fails: {fault(error)}") from error
 
     def num_batches(self, split: str) -> int:
         """How many batches a finite split has for evaluation."""
@@ -171,14 +186,69 @@ class ContextDataModule(LightningDataModule):
                 assert self.shifted is not None
                 self._finite[split] = self.shifted._set(split.removeprefix(_SHIFTED))
             elif split != "predict":
-                self._finite[split] = self.contexts(split)
+                self._finite[split] = self._checked(split)
             elif self.predict is None:
                 self._finite[split] = self._set("test")
             else:
-                self._finite[split] = load_contexts(self.predict, like=self._set("test"))
+                like = self._rows("test", self._set("test"), torch.arange(1), "cpu")
+                self._finite[split] = load_contexts(self.predict, like=like)
             if self._finite[split] is not None and _size(self._finite[split]) == 0:
                 raise ProblemError(f"{type(self).__name__}: the {split} split has no contexts")
         return self._finite[split]
+
+    def _checked(self, split: str) -> Context | Dataset | None:
+        """What the subclass has for a split, checked."""
+        where, found = f"{type(self).__name__}.contexts({split!r})", self._ask("contexts", split)
+        if found is None and split != "train":
+            raise ProblemError(
+                f"{where} gives None, but evaluation needs a finite set; `return super().contexts({split!r})` samples one"
+            )
+        if isinstance(found, IterableDataset) or (isinstance(found, Dataset) and not hasattr(found, "__len__")):
+            raise ProblemError(
+                f"{where} gives a {type(found).__name__}, which has no length: write a map-style data set (__len__ and "
+                "__getitem__) of single rows, or sample(n, generator) for contexts without end"
+            )
+        if isinstance(found, Dataset):
+            if _size(found):
+                self._rows(split, found, torch.arange(1), "cpu")
+        elif found is not None:
+            check_context(found, where)
+        return found
+
+    def _rows(self, split: str, contexts: Context | Dataset, index: Tensor, device: torch.device | str) -> Context:
+        """The rows of a finite set that ``index`` names."""
+        if not isinstance(contexts, Dataset):
+            return take(contexts, index.to(device))
+        kind = f"{type(self).__name__}.contexts({split!r}), a {type(contexts).__name__}"
+        try:
+            a = default_collate([contexts[i] for i in index.tolist() or [0]])
+        except Exception as error:
+            raise ProblemError(f"{kind}, fails: {fault(error)}") from error
+        return map_leaves(lambda leaf: leaf[: len(index)].to(device), check_context(a, f"the rows of {kind}"))
+
+    def check_sample(self) -> None:
+        """Check that ``sample`` draws from its generator, and from nothing else.
+
+        Raises:
+            ProblemError: if the same generator gives other contexts, or every generator the same.
+        """
+        generators = [self._generator("train", number) for number in (0, 0, 1)]
+        states = [generator.get_state() for generator in generators]
+        name, n = f"{type(self).__name__}.sample", self.batch_size
+        drawn = [self._ask("sample", n, generator) for generator in generators]
+        if type(self).complete is ContextDataModule.complete:
+            check_context(drawn[0], f"{name}({n}, generator)", n)
+        one, again, other = map(leaves, drawn)
+        if not all(map(_equal, one, again)):
+            raise ProblemError(
+                f"{name} gives other contexts for the same generator: draw with the generator that it is given alone, "
+                "as in torch.randn(n, 3, generator=generator, device=generator.device)"
+            )
+        if all(map(_equal, one, other)) and torch.equal(generators[0].get_state(), states[0]):
+            raise ProblemError(
+                f"{name} ignores its generator, so that every batch is the same: draw with it, as in torch.randn(n, 3, "
+                "generator=generator, device=generator.device); or write contexts(split) for a finite set"
+            )
 
     def _shuffled(self, number: int, n: int) -> Tensor:
         """Rows of training batch ``number``: a window of the endless sequence of shuffled passes."""
@@ -205,6 +275,10 @@ class ContextDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.position = 0
+            for split in self.fit_needs:  # what is wrong with them is better known now than after hours
+                loader = f"{split}_dataloader"
+                if getattr(type(self), loader) is getattr(ContextDataModule, loader) and self._set(split) is None:
+                    self.check_sample()
         if self.shifted is not None:
             self.shifted.setup(stage)
 
@@ -217,10 +291,11 @@ class ContextDataModule(LightningDataModule):
                     f"training stopped after {self.position} batches, which {world} processes with batches_per_step="
                     f"{self.batches_per_step} cannot divide: resume with the number of processes it ran on"
                 )
-            batches = _Batches(self, split, self.position // together * world + rank, None, world)
+            overfit = self.trainer.overfit_batches if self.trainer else 0
+            batches = _Batches(self, split, rank, world, None, overfit if isinstance(overfit, int) else 0)
         else:
             # A process with nothing to do gets one batch without rows: it must still meet the others at the end.
-            batches = _Batches(self, split, rank, max(self.num_batches(split), rank + 1), world)
+            batches = _Batches(self, split, rank, world, max(self.num_batches(split), rank + 1))
         if not self.num_workers:
             return batches
         return DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
@@ -249,10 +324,16 @@ class ContextDataModule(LightningDataModule):
         assert self.trainer is not None
         split, number, contexts, complete = batch
         device = self.trainer.strategy.root_device
+        if isinstance(contexts, ProblemError):
+            raise contexts
         if contexts is None:
             contexts = self._each(split, number, self.batch, device)
         elif not complete:
-            contexts = [self.complete(drawn) for drawn in contexts]
+            contexts = [self._completed(drawn, self.batch_size) for drawn in contexts]
+        if dtype := _DTYPES.get(self.trainer.precision):
+            contexts = [
+                map_leaves(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, a) for a in contexts
+            ]
         if split == "train":
             world = self.trainer.world_size
             self.position = (number - self.trainer.global_rank + world) * self.batches_per_step
@@ -261,7 +342,7 @@ class ContextDataModule(LightningDataModule):
 
     def _each(self, split: str, number: int, batch: Callable[..., Any], device: torch.device | str) -> list[Any]:
         K = self.batches_per_step if split == "train" else 1
-        return [batch(split, number * K + k, device) for k in range(K)]
+        return [batch(split, number * K + k, device=device) for k in range(K)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -271,17 +352,31 @@ class ContextDataModule(LightningDataModule):
 
 
 class _Batches(IterableDataset):
-    """Numbers ``start, start + stride, ...`` of a split; in a loader worker, their contexts too."""
+    """Numbers of a split's batches for one process; in a loader worker, their contexts too.
 
-    def __init__(self, data: ContextDataModule, split: str, start: int, stop: int | None, stride: int) -> None:
-        self.data = copy.copy(data)
-        self.data.trainer = None  # a worker needs the contexts, not the run
-        self.split, self.start, self.stop, self.stride = split, start, stop, stride
+    Each iterator over training begins at the data's position, for Lightning makes a new one with every epoch. Those of
+    ``overfit_batches`` are the same ``repeat`` batches of the process again and again.
+    """
+
+    def __init__(
+        self, data: ContextDataModule, split: str, rank: int, world: int, stop: int | None, repeat: int = 0
+    ) -> None:
+        self.data, self.split, self.rank, self.world, self.stop = data, split, rank, world, stop
+        self.repeat = repeat
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker that is spawned: it needs the contexts, not the run."""
+        data = copy.copy(self.data)
+        data.trainer = None
+        return {**self.__dict__, "data": data}
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        number = self.start + (worker.id * self.stride if worker else 0)
-        stride = self.stride * (worker.num_workers if worker else 1)
+        number = self.rank + (worker.id * self.world if worker else 0)
+        if self.split == "train":
+            used = self.data.position // self.data.batches_per_step
+            number += used % (self.repeat * self.world) if self.repeat else used
+        stride = self.world * (worker.num_workers if worker else 1)
         while self.stop is None or number < self.stop:
             yield self._drawn(number) if worker else Batch(self.split, number)
             number += stride
@@ -289,24 +384,24 @@ class _Batches(IterableDataset):
     def _drawn(self, number: int) -> Batch:
         # Endless training contexts are completed on the training device; all that is evaluated comes whole.
         sampled = self.split == "train" and self.data._set("train") is None
-        batch = self.data._sampled if sampled else self.data.batch
-        return Batch(self.split, number, self.data._each(self.split, number, batch, "cpu"), not sampled)
+        draw = functools.partial(self.data._drawn, n=self.data.batch_size) if sampled else self.data.batch
+        try:
+            return Batch(self.split, number, self.data._each(self.split, number, draw, "cpu"), not sampled)
+        except ProblemError as error:
+            return Batch(self.split, number, error)
 
     def __len__(self) -> int:
         if self.stop is None:
             raise TypeError("training contexts have no end")
-        return len(range(self.start, self.stop, self.stride))
+        return len(range(self.rank, self.stop, self.world))
 
 
 def _size(contexts: Context | Dataset) -> int:
     return len(contexts) if isinstance(contexts, Dataset) else num_rows(contexts)  # type: ignore[arg-type]
 
 
-def _rows(contexts: Context | Dataset, index: Tensor, device: torch.device | str) -> Context:
-    if isinstance(contexts, Dataset):
-        a = default_collate([contexts[i] for i in index.tolist() or [0]])
-        return map_leaves(lambda leaf: leaf[: len(index)].to(device), a)
-    return take(contexts, index.to(device))
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and bool(torch.isclose(x, y, rtol=0, atol=0, equal_nan=True).all())
 
 
 def load_contexts(path: str | Path, like: Context) -> Context:

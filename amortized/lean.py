@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from amortized.contexts import Batch
+from amortized.problem import check_context
 
 STEP_HOOKS = (
     "on_train_batch_start",
@@ -40,7 +41,8 @@ class LeanModule(LightningModule):
     ) -> Any:
         if isinstance(batch, Batch) and batch.contexts is None:  # nothing to move: spares a search for who moves it
             return self.trainer.datamodule.on_after_batch_transfer(batch, dataloader_idx)  # type: ignore[attr-defined]
-        return super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
+        moved = super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
+        return moved if isinstance(batch, Batch) else check_context(moved, "the batch of a loader")
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

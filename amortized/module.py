@@ -33,6 +33,7 @@ from amortized.lean import LeanModule
 from amortized.losses import Loss, ObjectiveLoss
 from amortized.problem import Context, ProblemError, check_objective, draws, evaluate, num_rows
 from amortized.solvers.base import Solver
+from amortized.streams import stream_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -321,7 +322,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         self._check_support(a)
         training = self.training
         self.eval()  # and with the random numbers put back: the check leaves no trace in the run
-        with draws(0, self.device), torch.no_grad():
+        with draws(stream_seed(0, "check", 0), self.device), torch.no_grad():
             self._check_network(a)
         self.train(training)
         if self.compiled:

@@ -6,12 +6,15 @@ row. Contexts ``a`` are a tensor or a ``NamedTuple`` of tensors; solutions ``b``
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from amortized.streams import stream_seed
 
 Context: TypeAlias = Any
 """A tensor ``(B, *)``, or a (nested) ``NamedTuple`` of tensors that all have the leading dimension B."""
@@ -40,24 +43,76 @@ class Predictor(Problem, Protocol):
 
 def map_leaves(f: Callable[[Tensor], Tensor], a: Context) -> Context:
     """The context with ``f`` applied to each of its tensors."""
-    if isinstance(a, Tensor):
-        return f(a)
-    if isinstance(a, tuple) and hasattr(a, "_fields"):
-        return type(a)(*(map_leaves(f, leaf) for leaf in a))
-    raise TypeError(
-        f"a context is a tensor or a NamedTuple of tensors, all with the same leading dimension; got {type(a).__name__}. "
-        "Wrap the parts in a typing.NamedTuple."
-    )
+    return f(a) if isinstance(a, Tensor) else type(a)(*(map_leaves(f, part) for part in _parts(a)))
 
 
 def leaves(a: Context) -> list[Tensor]:
     """The tensors of a context, in order."""
-    return [a] if isinstance(a, Tensor) else [leaf for part in a for leaf in leaves(part)]
+    return [a] if isinstance(a, Tensor) else [leaf for part in _parts(a) for leaf in leaves(part)]
 
 
 def num_rows(a: Context) -> int:
     """B, the number of problems in a batch of contexts."""
     return len(leaves(a)[0])
+
+
+def _parts(a: Any) -> tuple[Any, ...]:
+    """The fields of a ``NamedTuple``; anything else is refused, with what to write in its place."""
+    if isinstance(a, tuple) and hasattr(a, "_fields"):
+        return a
+    given, fields = type(a).__name__, "x: Tensor; y: Tensor"
+    if isinstance(a, dict):
+        given = f"dict with the keys {', '.join(map(str, a))}"
+        fields = "; ".join(f"{key}: Tensor" for key in a)
+    elif isinstance(a, list | tuple):
+        given = f"{given} of {len(a)}"
+    wrap = f"write `class Fields(NamedTuple): {fields}` and give Fields({'**' if isinstance(a, dict) else ''}...)"
+    if hasattr(a, "__array__"):
+        wrap = "write torch.as_tensor(...)"
+    raise ProblemError(
+        f"a context is a tensor, or a NamedTuple of tensors, with one row for each problem; got a {given}: {wrap}"
+    )
+
+
+def check_context(a: Any, where: str, rows: int | None = None) -> Context:
+    """Check that ``a`` is a context whose tensors agree in their leading dimension, and return it.
+
+    Args:
+        a: what was given.
+        where: who gave it; opens the message.
+        rows: how many contexts were asked for; ``None``: any number.
+
+    Raises:
+        ProblemError: with what was given and what to write.
+    """
+    try:
+        found = leaves(a)
+    except ProblemError as error:
+        raise ProblemError(f"{where}: {error}") from None
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in found}
+    if len(sizes) != 1 or None in sizes:
+        names = _names(a)
+        given = ", ".join(
+            f"{name} {leaf.shape[0] if leaf.ndim else 'none'}" for name, leaf in zip(names, found, strict=True)
+        )
+        raise ProblemError(
+            f"{where}: the tensors of a context must share their leading dimension; got {given or 'no tensor'}. "
+            "What all rows share (a matrix, a frozen network) belongs on the module."
+        )
+    if rows is not None and sizes != {rows}:
+        raise ProblemError(f"{where} must give {rows} contexts; got {sizes.pop()}")
+    return a
+
+
+def _names(a: Context) -> list[str]:
+    """Of the tensors of a context, in order: its fields, with dots between nested ones."""
+    if isinstance(a, Tensor):
+        return ["value"]
+    return [
+        field if isinstance(part, Tensor) else f"{field}.{name}"
+        for field, part in zip(a._fields, a, strict=True)
+        for name in _names(part)
+    ]
 
 
 def take(a: Context, index: Tensor | slice) -> Context:
@@ -71,7 +126,7 @@ def concatenate(parts: Sequence[Context]) -> Context:
     """One context of the rows of all of them, in order."""
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts))
-    return type(parts[0])(*map(concatenate, zip(*parts, strict=True)))
+    return type(parts[0])(*map(concatenate, zip(*map(_parts, parts), strict=True)))
 
 
 def value_and_grad(problem: Problem, b: Tensor, a: Context, create_graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -113,21 +168,26 @@ def draws(seed: int, device: torch.device) -> Iterator[None]:
 def is_random(problem: Problem, b: Tensor, a: Context) -> bool:
     """Whether the objective draws random numbers: evaluating it moves torch's generator."""
     state = torch.cuda.get_rng_state if b.is_cuda else torch.get_rng_state
-    with torch.no_grad(), draws(0, b.device):
+    with torch.no_grad(), draws(stream_seed(0, "check", 0), b.device):
         before = state()
         problem.objective(b, a)
         return not torch.equal(before, state())
 
 
 class CommonDraws:
-    """A random objective with its draws fixed (common random numbers): the same ``seed`` before every evaluation.
+    """A random objective with its draws fixed (common random numbers): the same seed before every evaluation.
 
     The draws belong to places in the batch, so the rows of ``b`` and ``a`` must keep their places. In memory ``b`` is put in
     its usual order first: what is drawn like a tensor (``randn_like``) is drawn in the order of that tensor's memory.
+
+    Args:
+        problem: with the random objective.
+        seed: of the draws; ``None`` draws one from torch's generator.
     """
 
-    def __init__(self, problem: Problem, seed: int) -> None:
-        self.problem, self.seed = problem, seed
+    def __init__(self, problem: Problem, seed: int | None = None) -> None:
+        self.problem = problem
+        self.seed = stream_seed(0, "search", int(torch.randint(2**25, ()))) if seed is None else seed
 
     def objective(self, b: Tensor, a: Context) -> Tensor:
         with draws(self.seed, b.device):
@@ -150,6 +210,14 @@ class CommonDraws:
 
 class ProblemError(ValueError):
     """A problem, or a network for it, breaks the contract; the message says what was given and what to write."""
+
+
+def fault(error: Exception) -> str:
+    """An exception in one line: its type, the first line of its message, and the line of the caller's code that raised it."""
+    code = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    message = str(error).strip()
+    what = f"{type(error).__name__}: {message.splitlines()[0]}" if message else type(error).__name__
+    return f"{what} ({code[-1].filename}:{code[-1].lineno})" if code else what
 
 
 def evaluate(problem: Problem, b: Tensor, a: Context) -> Tensor:
@@ -176,7 +244,7 @@ def check_objective(problem: Problem, b: Tensor, a: Context) -> None:
         )
     B = len(b)
     random = is_random(problem, b, a)
-    with torch.enable_grad(), draws(0, b.device):
+    with torch.enable_grad(), draws(stream_seed(0, "check", 0), b.device):
         point = b.detach().clone().requires_grad_()
         value = problem.objective(point, a)
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

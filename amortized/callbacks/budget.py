@@ -31,6 +31,7 @@ from torch import Tensor
 from amortized.module import AmortizedModule
 from amortized.problem import CommonDraws, Context, Problem, ProblemError, evaluate, is_random, num_rows, take
 from amortized.solvers import LBFGS, Adam, Solver
+from amortized.streams import stream_seed
 
 ROUNDING = 1e-6
 """Values that differ by less, relatively, are the same."""
@@ -220,7 +221,7 @@ def measure_budget(
         forward = statistics.median(_seconds(lambda: problem(a), device) for _ in range(repeats))
     b = b.to(torch.promote_types(b.dtype, torch.float32))
     start = problem.initial(a).to(b.dtype)
-    search = CommonDraws(problem, seed=0) if is_random(problem, b, a) else problem
+    search = CommonDraws(problem, stream_seed(0, "budget", 0)) if is_random(problem, b, a) else problem
     network, begun = (evaluate(search, x, a).double().cpu() for x in (b, start))
     look = statistics.median(_seconds(lambda: evaluate(search, start, a), device) for _ in range(repeats))
     cold: list[Curve] = []

@@ -17,7 +17,8 @@ class Checkpoint(callbacks.Checkpoint):
     """Saves ``checkpoints/step=N.ckpt`` in the run's folder: every n steps, at the end, and the best so far.
 
     It saves between optimizer steps only (never inside a window of accumulated gradients), and after the validation of
-    a step rather than before it, so that a run resumed from any of them repeats and loses nothing.
+    a step rather than before it, and that of an epoch's last step once the epoch has ended, so that a run resumed from any
+    of them repeats and loses nothing.
 
     Args:
         every_n_steps: training steps between two checkpoints.
@@ -67,8 +68,13 @@ class Checkpoint(callbacks.Checkpoint):
         if (
             trainer.global_step % self.every_n_steps == 0
             and between_steps(trainer)
-            and not validates_now(trainer, batch_idx)
+            and not ends_epoch(trainer)
+            and not validates_now(trainer)
         ):
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if ends_epoch(trainer) and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,10 +98,15 @@ def between_steps(trainer: Trainer) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
-def validates_now(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether a validation follows this training batch."""
-    every = trainer.val_check_batch
-    return trainer.enable_validation and isinstance(every, int) and (batch_idx + 1) % every == 0
+def ends_epoch(trainer: Trainer) -> bool:
+    """Whether the last batch was its epoch's last, from where Lightning resumes exactly only once the epoch has ended."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def validates_now(trainer: Trainer) -> bool:
+    """Whether a validation follows the last batch."""
+    assert trainer.fit_loop._data_fetcher is not None
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
 
 def validate(trainer: Trainer) -> None:
@@ -158,13 +169,18 @@ class Interrupt(callbacks.Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not between_steps(trainer):
-            return
+        if between_steps(trainer) and not ends_epoch(trainer):
+            self._stop_if_told(trainer, validate=validates_now(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_told(trainer, validate=False)
+
+    def _stop_if_told(self, trainer: Trainer, validate: bool) -> None:
         if trainer.world_size > 1:
-            told = torch.tensor(self.signum, device=pl_module.device)
+            told = torch.tensor(self.signum, device=trainer.strategy.root_device)
             self.signum = int(trainer.strategy.reduce(told, reduce_op="max"))
         if self.signum:
-            self._save(trainer, self.signum, validate=validates_now(trainer, batch_idx))
+            self._save(trainer, self.signum, validate)
             raise Interrupted(self.signum)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

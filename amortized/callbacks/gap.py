@@ -17,6 +17,7 @@ from amortized.module import AmortizedModule
 from amortized.problem import Context, ProblemError, concatenate, draws, evaluate, is_random, map_leaves, take
 from amortized.solvers import LBFGS, Solution, Solver
 from amortized.solvers.base import tolerance
+from amortized.streams import stream_seed
 
 
 def measure_gap(
@@ -42,14 +43,17 @@ def measure_gap(
         b: predictions, ``(B, *)``.
         solver: the inner loop.
         index: ``(B,)``, the rows' places in the whole set.
-        seed: of the draws of a random objective.
+        seed: number of the draws of a random objective, in streams of their own.
         decompose: also find the terms of :func:`~amortized.metrics.decomposition`, where the problem declares its
             ``optimum``; unless it declares ``family_optimum`` too, that costs another solver run, :func:`longer`.
     """
     b = b.detach().to(torch.promote_types(b.dtype, torch.float32))
+    search, choice, value, fresh = (
+        stream_seed(0, f"gap {use}", seed) for use in ("search", "choice", "value", "again")
+    )
     runs: list[Solution] = []
     for start in (problem.initial(a), b):
-        with draws(seed, b.device):
+        with draws(search, b.device):
             runs.append(solver.solve(problem, a, start.to(b.dtype)))
     cold, warm = runs
 
@@ -60,26 +64,25 @@ def measure_gap(
         nonlocal precision
         if precision == torch.float64:
             with draws(seed, b.device):
-                value = exact(of, a)
-            if value is not None:
-                return value
+                found = exact(of, a)
+            if found is not None:
+                return found
         with draws(seed, b.device):
-            value = evaluate(problem, of, a)
-        precision = value.dtype
-        return value.double()
+            found = evaluate(problem, of, a)
+        precision = found.dtype
+        return found.double()
 
-    on_cold, on_warm = (values(run.b, seed + 1).nan_to_num(nan=torch.inf) for run in runs)
+    on_cold, on_warm = (values(run.b, choice).nan_to_num(nan=torch.inf) for run in runs)
     use_warm = on_warm <= on_cold
     best = torch.where(_wide(use_warm, b), warm.b, cold.b)
     random = len(b) > 0 and is_random(problem, b[:1], take(a, slice(0, 1)))
     if not random:  # the solver's own arithmetic may have taken for lower what is not
-        best = torch.where(_wide(values(b, seed + 1) < torch.minimum(on_warm, on_cold), b), b, best)
-    fresh = seed + 2**31  # far from the seeds of other batches, which are neighbours
+        best = torch.where(_wide(values(b, choice) < torch.minimum(on_warm, on_cold), b), b, best)
     rows = GapRows(
         index=index,
-        network=values(b, seed + 2),
-        reference=values(best, seed + 2),
-        cold=values(cold.b, seed + 2),
+        network=values(b, value),
+        reference=values(best, value),
+        cold=values(cold.b, value),
         converged=torch.where(use_warm, warm.converged, cold.converged),
         evaluations=cold.evaluations,
     )
@@ -92,10 +95,10 @@ def measure_gap(
     if optimum is not None:
         family = _declared(problem, "family_optimum", a, random)
         if family is None:
-            with draws(seed, b.device):
+            with draws(search, b.device):
                 further = longer(solver, b.dtype).solve(problem, a, best).b
-            lower = values(further, seed + 1) <= values(best, seed + 1)
-            family = torch.where(lower, values(further, seed + 2), rows.reference)
+            lower = values(further, choice) <= values(best, choice)
+            family = torch.where(lower, values(further, value), rows.reference)
         rows = rows._replace(family=family.to(unknown), optimum=optimum.to(unknown))
     return rows, best
 

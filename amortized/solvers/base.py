@@ -166,7 +166,7 @@ class Solver(nn.Module, abc.ABC):
 def fixed(problem: Problem, b: Tensor, a: Context) -> Problem:
     """The problem; if its objective draws random numbers, with its draws fixed by a seed from torch's generator."""
     if len(b) and hasattr(problem, "objective") and is_random(problem, b[:1], take(a, slice(0, 1))):
-        return CommonDraws(problem, int(torch.randint(2**62, ()).item()))
+        return CommonDraws(problem)
     return problem
 
 

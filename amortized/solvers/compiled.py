@@ -257,7 +257,7 @@ def _copy(x: Tensor) -> Tensor:
 
 def _any_number(*contexts: Context) -> None:
     """Mark that the number of rows will vary."""
-    for x in leaves(contexts):
+    for x in (leaf for a in contexts for leaf in leaves(a)):
         _varies(x, 0)
 
 
