@@ -2,76 +2,55 @@
 
 A recipe is a YAML file; a bare name (``-c vae_digits``) is a packaged one. Every setting can be changed on the command
 line (``--trainer.max_steps 100``). Each run has a folder of its own, ``runs/RECIPE/TIME``, with its config, metrics,
-pictures, checkpoints and results.
+pictures, checkpoints and results. A recipe is code: it can name any class that can be imported. Run only those you trust.
 """
 
 from __future__ import annotations
 
-import difflib
+import codecs
+import contextlib
 import functools
-import inspect
+import importlib
+import io
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
 import torch
 import yaml
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
 from torch.multiprocessing import ProcessExitedException
 
 import amortized.networks
 import amortized.problems  # noqa: F401  (imported so that recipes can use short class names)
-from amortized import checkpoint
+from amortized import checkpoint, faults
 from amortized.callbacks import BudgetMonitor, Checkpoint, GapMonitor, Interrupt, Report
 from amortized.callbacks.budget import default_rivals
 from amortized.callbacks.checkpoint import raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
 from amortized.callbacks.progress import ProgressBar
 from amortized.contexts import ContextDataModule
+from amortized.help_text import COMMANDS, help_text, top_help
 from amortized.lean import Unprofiled, lean
 from amortized.loggers import MetricsLogger, finish, log_checkpoint, wandb_logger
-from amortized.losses import Loss
 from amortized.module import AmortizedModule
+from amortized.parsing import Parser, UsageError, cause_of, close, full_options
 from amortized.problem import ProblemError
-from amortized.solvers import Solver
-
-_resolve = jsonargparse._typehints.resolve_class_path_by_name
-
-
-def ours_first(base: Any, name: str) -> str:
-    """The class that a short name in a recipe means: the project's own, where a library has one of that name too (zuko's MLP)."""
-    try:
-        path: str = _resolve(base, name)
-    except ValueError:
-        paths = jsonargparse._typehints.get_all_subclass_paths(base)
-        ours = [path for path in paths if path.startswith("amortized.") and path.endswith(f".{name}")]
-        if len(ours) != 1:
-            raise
-        path = ours[0]
-    return path
-
-
-jsonargparse._typehints.resolve_class_path_by_name = ours_first  # type: ignore[assignment]
 
 RUN = "AMORTIZED_RUN_FOLDER"
 """Environment variable by which processes that a run launches find its folder."""
-
-
-class UsageError(ValueError):
-    """The command line asks for something impossible."""
 
 
 def recipe_folder() -> Path:
@@ -97,50 +76,8 @@ def resolve_recipe(name: str) -> str:
     if name.removesuffix(".yaml") in known:
         return str(known[name.removesuffix(".yaml")])
     raise UsageError(
-        f"no recipe {name!r}{_close(name, known)}; there are {', '.join(known)}, or give the path of a YAML file"
+        f"no recipe {name!r}{close(name, known)}; there are {', '.join(known)}, or give the path of a YAML file"
     )
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in one line, with the names that come close."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise UsageError(_cause(message))
-
-
-def _cause(message: str) -> str:
-    r"""One line from jsonargparse's report: the setting, what is wrong with it, and the names that come close.
-
-    >>> print(_cause('Parser key "model":\n  Does not validate against\n  Errors:\n    - latent: Expected an int'))
-    model: latent: Expected an int
-    """
-    lines = [line.strip().lstrip("- ") for line in message.splitlines() if line.strip()]
-    setting = ".".join(key for line in lines for key in re.findall(r'Parser key "([^"]+)"', line))
-    around = r"Parser key|Does not validate|Subtypes:|Errors:|Given value|Expected a path|Expected a <class 'NoneType'>"
-    text = "; ".join(dict.fromkeys(line for line in lines if not re.match(around, line))) or lines[0]
-    classes = [cls for base in _bases() for cls in _subclasses(base)]
-    if name := re.search(r"Expected a dot import path string: (\S+)", text):
-        text = f"there is no class {name[1]!r}{_close(name[1], [cls.__name__ for cls in classes])}"
-    elif (
-        name := re.search(r"Option '(\w+)' is not accepted", text)
-    ) and "did you mean" not in text:  # by a parser inside
-        text += _close(name[1], {parameter for cls in classes for parameter in inspect.signature(cls).parameters})
-    return f"{setting}: {text}" if setting else text
-
-
-def _close(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(found)}?)" if found else ""
-
-
-def _bases() -> tuple[type, ...]:
-    return AmortizedModule, ContextDataModule, Solver, Loss, torch.nn.Module
-
-
-def _subclasses(cls: type) -> list[type]:
-    children: list[type] = cls.__subclasses__()
-    below = [c for child in children for c in (child, *_subclasses(child))]
-    return [c for c in below if c.__module__.startswith("amortized")]
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -152,10 +89,10 @@ class SaveRecipe(SaveConfigCallback):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "config.yaml"
             for number in range(2, 10_000):
-                if not path.exists() or path.read_text() == self.text:
+                if not path.exists() or path.read_text(encoding="utf-8") == self.text:
                     break
                 path = folder / f"config-{number}.yaml"
-            path.write_text(self.text)
+            path.write_text(self.text, encoding="utf-8")
         self.already_saved = True
 
     # Once a run, not at every save: a dump takes as long as some ten training steps.
@@ -209,6 +146,7 @@ class AmortizedCLI(LightningCLI):
             },
             seed_everything_default=0,
             parser_class=Parser,
+            parser_kwargs={"prog": "amortized"},
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -226,18 +164,39 @@ class AmortizedCLI(LightningCLI):
             elif word.startswith("--config="):
                 given[at] = f"--config={resolve_recipe(word.removeprefix('--config='))}"
                 self.recipe = Path(given[at]).stem
-        self.config = parser.parse_args(given)
+        self._help(given)
+        self.config = parser.parse_args(full_options(given))
         settings = self.config[self.config.subcommand]
+        if self.recipe == "run":  # none: named after the problem
+            self.recipe = settings["model"]["class_path"].rpartition(".")[2]
         if self.recipe.startswith("config") and settings.get("recipe"):
             self.recipe = settings["recipe"]
         settings["recipe"] = self.recipe
+
+    def _help(self, given: list[str]) -> None:
+        """Print the help that was asked for, if it was, and exit."""
+        asked = [at for at, word in enumerate(given) if word in ("-h", "--help")]
+        if not asked:
+            return
+        command = next((word for word in given if word in COMMANDS), None)
+        topic = next((word for word in given[asked[0] + 1 :] if word not in COMMANDS), None)
+        print(
+            top_help()
+            if command is None
+            else help_text(command, self._parser(command).format_help(), recipes(), topic),
+            end="",
+        )
+        raise SystemExit(0)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(GapMonitor, "gap")
         parser.add_lightning_class_args(BudgetMonitor, "budget")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_argument(
-            "--threads", type=int | None, default=None, help="CPU threads of torch; one is best for small networks."
+            "--threads",
+            type=int | None,
+            default=None,
+            help="CPU threads of torch; by default one for a small network without convolutions.",
         )
         parser.add_argument("--recipe", type=str | None, default=None, help="Name of the recipe; set by -c.")
         parser.add_argument(
@@ -245,6 +204,12 @@ class AmortizedCLI(LightningCLI):
         )
         parser.add_argument(
             "--wandb", type=Literal["off", "offline", "online"], default="off", help="Log to Weights & Biases."
+        )
+        parser.add_argument(
+            "--wandb_project", type=str | None, default=None, help="W&B project; default WANDB_PROJECT, or amortized."
+        )
+        parser.add_argument(
+            "--wandb_entity", type=str | None, default=None, help="W&B account or team; default WANDB_ENTITY."
         )
         parser.add_argument(
             "--wandb_artifact", type=bool, default=False, help="Log the last checkpoint there as an artifact."
@@ -317,22 +282,23 @@ class AmortizedCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+        except UsageError:
+            raise
         except ValueError as error:  # of a class's own __init__, in jsonargparse's wrapping
-            raise UsageError(_cause(str(error))) from error
+            raise UsageError(cause_of(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with this run's folder, loggers, checkpoint files and callbacks."""
         settings = self.config_init[self.subcommand]
+        if settings["threads"] is None:
+            torch.set_num_threads(default_threads(self.model))
         folder = self._run_folder(settings)
         kwargs["default_root_dir"] = str(folder)
         if self.subcommand == "fit" and not settings["ckpt_path"] and any(folder.glob("checkpoints/*.ckpt")):
             raise UsageError(
                 f"{folder} holds a run: continue it with --ckpt_path {folder}, or name another --run_folder"
             )
-        if settings["trainer"]["logger"] in (None, True):
-            kwargs["logger"] = [MetricsLogger(folder, drop_from=self.resume_step if self.subcommand == "fit" else None)]
-            if settings["wandb"] != "off":
-                kwargs["logger"].append(wandb_logger(folder, settings["wandb"], self.recipe, recipe_config(self)))
+        kwargs["logger"] = self._loggers(settings, folder)
         plugins = settings["trainer"]["plugins"] or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), checkpoint.WholeCheckpointIO()]
         gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
@@ -340,7 +306,7 @@ class AmortizedCLI(LightningCLI):
         given = settings["trainer"]["callbacks"] or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if settings["trainer"]["enable_progress_bar"] is not False and not any(
-            isinstance(c, TQDMProgressBar) for c in callbacks
+            isinstance(c, LightningProgressBar) for c in callbacks
         ):
             callbacks.append(ProgressBar())
         report = Report(self.recipe, gap, budget, command=self.command)
@@ -352,6 +318,20 @@ class AmortizedCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         lean(trainer, plain_step=type(self.model).training_step is AmortizedModule.training_step)
         return trainer
+
+    def _loggers(self, settings: Any, folder: Path) -> list[Logger] | bool:
+        """Ours after the user's own, unless there are to be none."""
+        given = settings["trainer"]["logger"]
+        if given is False:
+            if settings["wandb"] != "off":
+                raise UsageError(f"--wandb {settings['wandb']} and --trainer.logger false exclude each other")
+            return False
+        theirs = [] if given in (None, True) else [given] if isinstance(given, Logger) else list(given)
+        ours: list[Logger] = [MetricsLogger(folder, drop_from=self.resume_step if self.subcommand == "fit" else None)]
+        if settings["wandb"] != "off":
+            names = {"project": settings["wandb_project"], "entity": settings["wandb_entity"]}
+            ours.append(wandb_logger(folder, settings["wandb"], self.recipe, recipe_config(self), **names))
+        return [*theirs, *ours]
 
     def _run_folder(self, settings: Any) -> Path:
         if settings["run_folder"]:
@@ -387,10 +367,22 @@ class AmortizedCLI(LightningCLI):
         except SystemExit as stop:
             exit_code = stop.code
             raise
+        except Exception as error:
+            if cause := faults.known_cause(error):
+                raise UsageError(f"{cause}{self._sizes() if 'memory' in cause else ''}") from error
+            raise
         finally:
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     finish(logger, exit_code)
+
+    def _sizes(self) -> str:
+        """What was asked for that takes memory."""
+        settings = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
+        data = settings["data"].get("init_args", {})
+        asked = {f"data.{name}": data.get(name) for name in ("batch_size", "eval_batch_size")}
+        asked["budget.contexts"] = settings["budget"]["contexts"]
+        return ": asked for " + ", ".join(f"--{name} {value}" for name, value in asked.items() if value is not None)
 
     def _interrupt(self, signum: int, frame: Any) -> None:
         """Stop; where the training happens in forked processes, tell those, and wait for their checkpoint."""
@@ -423,7 +415,8 @@ class AmortizedCLI(LightningCLI):
 
 def _without(model: dict[str, Any], settings: str) -> dict[str, Any]:
     """The settings of a model but for those that its class names under ``settings``."""
-    free = getattr(jsonargparse._util.import_object(model["class_path"]), settings)
+    module, _, name = model["class_path"].rpartition(".")
+    free = getattr(getattr(importlib.import_module(module), name), settings)
     init = {name: value for name, value in model["init_args"].items() if name not in free}
     return {**model, "init_args": init}
 
@@ -435,13 +428,66 @@ def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:
     return settings
 
 
+SMALL = 1_000_000
+"""Parameters of a network below which torch's threads wait for each other longer than they work."""
+
+
+def default_threads(model: torch.nn.Module) -> int:
+    """How many CPU threads torch takes where ``threads`` is not given.
+
+    One for a small network: fewer than a million parameters, no convolution. Otherwise, and where ``OMP_NUM_THREADS`` is
+    set, as many as torch has.
+    """
+    parameters = list(model.parameters())
+    small = sum(p.numel() for p in parameters) < SMALL and all(p.ndim <= 2 for p in parameters)
+    return 1 if small and "OMP_NUM_THREADS" not in os.environ else torch.get_num_threads()
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Characters for a terminal that lacks those of the table."""
+    assert isinstance(error, UnicodeEncodeError)
+    plain = {"±": "+-", "─": "-", "−": "-", "…": "~", "·": "-"}
+    return "".join(plain.get(character, "?") for character in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("plain", _plain)
+
+
+@contextlib.contextmanager
+def _any_terminal() -> Iterator[None]:
+    """What a terminal's encoding lacks is printed in other characters, rather than an error."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="plain")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
+
+
+@contextlib.contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    """Last on the path, so that a file there hides no library."""
+    here = os.getcwd()
+    sys.path.append(here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.reverse()
+        sys.path.remove(here)
+        sys.path.reverse()
+
+
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; ``args`` in place of ``sys.argv[1:]``.
+    """Run the command line; ``args`` in place of ``sys.argv[1:]``. Classes in the working directory can be named.
 
     Raises:
-        SystemExit: 2 for a fault in the command line, recipe, problem or checkpoint, told in one line on standard error
-            (with ``AMORTIZED_DEBUG`` set in the environment the exception itself passes through); 128 + the
-            signal's number when told to stop.
+        SystemExit: 2 for a fault in the command line, recipe, problem or checkpoint, told in one line on standard error,
+            with its place in the user's own file (with ``AMORTIZED_DEBUG`` set in the environment the exception itself
+            passes through); 128 + the signal's number when told to stop.
     """
     for name in (
         "lightning.pytorch.utilities.rank_zero",
@@ -452,20 +498,31 @@ def main(args: list[str] | None = None) -> None:
     environment = dict(os.environ)
     handlers = {number: signal.signal(number, raise_interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _any_terminal(), _working_directory_importable():
             warnings.filterwarnings(
                 "ignore",
                 message=".*(does not have many workers|LeafSpec|args parameter is intended|recommended to use .self.log|"
                 "your dataloader is not resumable).*",
             )
-            AmortizedCLI(args)
-    except (UsageError, ProblemError, checkpoint.CheckpointError, MisconfigurationException) as error:
-        if os.environ.get("AMORTIZED_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+            try:
+                AmortizedCLI(args)
+            except Exception as error:
+                told = one_line(error)
+                if told is None or os.environ.get("AMORTIZED_DEBUG"):
+                    raise
+                print(f"error: {told}", file=sys.stderr)
+                raise SystemExit(2) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         os.environ.clear()  # Lightning leaves its seed there
         os.environ.update(environment)
+
+
+def one_line(error: Exception) -> str | None:
+    """What a person must know of an error that is theirs to mend; ``None`` for a fault of ours."""
+    if isinstance(error, UsageError | ProblemError | checkpoint.CheckpointError | MisconfigurationException):
+        return str(error)
+    if faults.place(error) is None:
+        return None
+    return f"{faults.describe(error)}; AMORTIZED_DEBUG=1 shows the whole traceback"

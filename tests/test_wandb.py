@@ -50,7 +50,7 @@ def test_an_offline_run_has_everything():
     run("--model=toy.Drawn", "--wandb=offline", "--wandb_artifact=true", "--run_folder=kept")
     (logged,) = wandb_runs("kept")
     assert logged.exit_code == 0
-    assert (logged.project, logged.group) == ("amortized", "run")
+    assert (logged.project, logged.group) == ("amortized", "Drawn")
 
     recipe = yaml.safe_load(Path("kept/config.yaml").read_text())
     assert {key: logged.config[key] for key in recipe} == recipe

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 CAPTIONS = {
-    "curves": ("Training", "Left: the training signal and the objective on validation contexts. Right: the gap there."),
+    "curves": ("Training", "The training signal and the objective on validation contexts; the gap there."),
     "gap": (
         "The amortization gap",
         "How far the prediction is above the best that the solver finds, for each context.",

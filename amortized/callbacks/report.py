@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import platform
+import sys
+import textwrap
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,8 @@ from amortized.callbacks.budget import Budget, BudgetMonitor
 from amortized.callbacks.gap import Cases, GapMonitor
 from amortized.callbacks.page import page
 from amortized.callbacks.pictures import draw_budget, draw_curves, draw_gap
-from amortized.loggers import log_results, log_worst
+from amortized.faults import describe
+from amortized.loggers import attempt, log_results, log_worst
 from amortized.module import AmortizedModule
 from amortized.problem import take
 
@@ -134,7 +139,7 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
             ),
         ]
     if t["network"] is not None:
-        reached, space = t["equal_quality_ratio"], " " * 24
+        reached, space = t["equal_quality_ratio"], " " * 4
         median, p95 = (_ratio(t[key]) for key in ("row_ratio_median", "row_ratio_p95"))
         cold, warm = (_count(t[key]) for key in ("evaluations_cold", "evaluations_warm"))
         rows += [
@@ -158,14 +163,18 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
     return rows
 
 
-def table(found: dict[str, Any], name: str, objective: str) -> str:
-    """:func:`lines` under a title, for a terminal."""
+def table(found: dict[str, Any], name: str, objective: str, width: int = 80) -> str:
+    """:func:`lines` under a title, for a terminal of so many columns; a label that is too long loses its end."""
     rows = lines(found, objective)
-    width = max(len(label) for label, _ in rows) + 2
-    text = [f"{label:<{width}}{value:>20}" for label, value in rows]
-    rule = "─" * max(map(len, text))
-    note = [f"note: {found['solver']['advice']}"] if found["solver"]["advice"] else []
+    width = min(width, max(len(label) + max(2 + len(value), 20) for label, value in rows))
+    text = [f"{_cut(label, width - len(value) - 2):<{width - len(value)}}{value}" for label, value in rows]
+    rule = "─" * width
+    note = textwrap.wrap(f"note: {found['solver']['advice']}", width) if found["solver"]["advice"] else []
     return "\n".join([_title(found, name), rule, *text, rule, *note])
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
 
 def _title(found: dict[str, Any], name: str) -> str:
@@ -213,7 +222,9 @@ def _count(value: float | None) -> str:
 
 
 def _relative(value: float) -> str:
-    """A fraction in per cent, unless the solver reached so nearly zero that it is a multiple."""
+    """A fraction in per cent, or where the solver came near to zero a multiple; none of what is zero but for rounding."""
+    if abs(value) >= 1e6:
+        return "the solver's is about 0"
     return f"{value:.2%}" if abs(value) < 10 else f"{value:,.0f}x"
 
 
@@ -258,17 +269,21 @@ class Report(Callback):
         (directory / "results.json").write_text(json.dumps(found, indent=2) + "\n")
         for logger in trainer.loggers:
             logger.save()
-        pictures = {}
-        for name, figure in self._pictures(pl_module, budget, directory).items():
-            path = pictures[name] = directory / "pictures" / f"{name}.png"
-            path.parent.mkdir(exist_ok=True)
-            figure.savefig(path, dpi=120, bbox_inches="tight")
+        pictures = self._save_pictures(pl_module, budget, directory)
         html = directory / "report.html"
         html.write_text(self._page(found, pictures, directory, pl_module), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                log_results(logger, found, list(pictures.values()), self.gap.table.gap, html, trainer.global_step)
-                log_worst(logger, worst_rows(self.gap.worst), self._portraits(pl_module), trainer.global_step)
+                found_files = (list(pictures.values()), self.gap.table.gap, html, trainer.global_step)
+                attempt(logger, log_results, logger, found, *found_files)
+                attempt(
+                    logger,
+                    log_worst,
+                    logger,
+                    worst_rows(self.gap.worst),
+                    self._portraits(pl_module),
+                    trainer.global_step,
+                )
         print(f"\n{table(found, self.name, pl_module.objective_name)}\nwritten to {directory}")
 
     def _page(self, found: dict[str, Any], pictures: dict[str, Path], directory: Path, module: AmortizedModule) -> str:
@@ -291,32 +306,65 @@ class Report(Callback):
                 for row in worst_rows(self.gap.worst)
             ],
             command=self.command,
-            recipe=recipes[-1].read_text() if recipes else "",
+            recipe=recipes[-1].read_text(encoding="utf-8") if recipes else "",
             footer=f"{time.strftime('%Y-%m-%d %H:%M')} · {device} · Python {platform.python_version()}, {packages}",
         )
 
-    def _pictures(self, module: AmortizedModule, budget: Budget | None, directory: Path) -> dict[str, Figure]:
-        metrics = directory / "metrics.csv"
-        curves = None
-        if metrics.is_file():
-            with metrics.open(newline="") as file:
-                curves = draw_curves(list(csv.DictReader(file)), module.objective_name)
-        pictures = {
-            "curves": curves,
-            "gap": draw_gap(self.gap.table, module.objective_name),
-            "budget": draw_budget(budget, module.objective_name) if budget is not None else None,
+    def _save_pictures(self, module: AmortizedModule, budget: Budget | None, directory: Path) -> dict[str, Path]:
+        """The files of the pictures by name. What fails to draw costs its picture, not the report."""
+        saved, lost = {}, {}
+        for name, draw in self._pictures(module, budget, directory).items():
+            path = directory / "pictures" / f"{name}.png"
+            try:
+                if (figure := draw()) is not None:
+                    path.parent.mkdir(exist_ok=True)
+                    figure.savefig(path, dpi=120, bbox_inches="tight")
+                    saved[name] = path
+            except Exception as error:
+                path.unlink(missing_ok=True)
+                lost[name] = describe(error)
+        if lost:
+            print(
+                f"warning: no picture of {', '.join(lost)}: {'; '.join(dict.fromkeys(lost.values()))}", file=sys.stderr
+            )
+        return saved
+
+    def _pictures(
+        self, module: AmortizedModule, budget: Budget | None, directory: Path
+    ) -> dict[str, Callable[[], Figure | None]]:
+        objective, gap = module.objective_name, self.gap
+        pictures: dict[str, Callable[[], Figure | None]] = {
+            "curves": lambda: draw_curves(_metrics(directory), objective),
+            "gap": lambda: draw_gap(gap.table, objective),
         }
-        if self.gap.example is not None:
-            pictures["solutions"] = _draw(module, *(take(part, slice(0, self.examples)) for part in self.gap.example))
-        if self.gap.worst is not None:
-            pictures["worst"] = _draw(module, *self.gap.worst[1:])
-        return {name: figure for name, figure in pictures.items() if figure is not None}
+        if budget is not None:
+            pictures["budget"] = lambda: draw_budget(budget, objective)
+        if (example := gap.example) is not None:
+            first = slice(0, self.examples)
+            pictures["solutions"] = lambda: _draw(module, *(take(part, first) for part in example))
+        if (worst := gap.worst) is not None:
+            pictures["worst"] = lambda: _draw(module, *worst[1:])
+        return pictures
 
     def _portraits(self, module: AmortizedModule) -> list[Figure | None]:
-        """A picture of each of the worst contexts alone."""
+        """A picture of each of the worst contexts alone; none of one that fails, as :meth:`_save_pictures` has told."""
+
+        def portrait(case: Cases) -> Figure | None:
+            with contextlib.suppress(Exception):
+                return _draw(module, *case[1:])
+            return None
+
         worst = self.gap.worst
         count = 0 if worst is None else len(worst.network)
-        return [_draw(module, *take(worst, slice(i, i + 1))[1:]) for i in range(count)]
+        return [portrait(take(worst, slice(i, i + 1))) for i in range(count)]
+
+
+def _metrics(directory: Path) -> list[dict[str, str]]:
+    path = directory / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _draw(module: AmortizedModule, a: Any, network: torch.Tensor, solver: torch.Tensor) -> Figure | None:
