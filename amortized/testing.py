@@ -155,7 +155,7 @@ def declared_optimum_is_attained(module: AmortizedModule, data: ContextDataModul
     assert (family >= best).all(), "family_optimum is below optimum"
     solution = LBFGS(500).solve(module, a, module.initial(a))
     assert solution.converged.all(), "L-BFGS does not converge on every row"
-    above = float((solution.value - family).abs().max())
+    above = float((solution.value - family).detach().abs().max())
     assert above < 1e-6 * (1 + float(family.abs().max())), (
         f"L-BFGS ends {above:.3g} from the declared optimum: where the solutions are a family that does not attain it, "
         "declare family_optimum too"
