@@ -17,6 +17,8 @@ from amortized.solvers import (
     LBFGS,
     Anderson,
     AugmentedLagrangian,
+    GaussNewton,
+    GradientDescent,
     MultiStart,
     Newton,
     ProjectedGradient,
@@ -529,3 +531,72 @@ def test_admm_traces_its_objective() -> None:
     assert [count for count, _ in seen] == [11 + 10 * i for i in range(len(seen))]
     torch.testing.assert_close(seen[-1][1], found.value)
     torch.testing.assert_close(ADMM().solve(problem, a, b).value, found.value, atol=1e-5, rtol=0)
+
+
+class Small:
+    """A problem in small units: its objective, and the parts of it, times 1e-6."""
+
+    def __init__(self, problem: object) -> None:
+        self.problem = problem
+        for name in ("objective", "smooth"):
+            if part := getattr(problem, name, None):
+                setattr(self, name, lambda b, a, part=part: 1e-6 * part(b, a))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.problem, name)
+
+    def prox(self, b: Tensor, t: Tensor, a: Tensor) -> Tensor:
+        return self.problem.prox(b, 1e-6 * t, a)
+
+    def residuals(self, b: Tensor, a: Tensor) -> Tensor:
+        return 1e-3 * self.problem.residuals(b, a)
+
+
+class Fit:
+    """½ ‖(10 (y − x²), a − x)‖²."""
+
+    def residuals(self, b: Tensor, a: Tensor) -> Tensor:
+        return torch.stack([10 * (b[:, 1] - b[:, 0] ** 2), a[:, 0] - b[:, 0]], 1)
+
+    def objective(self, b: Tensor, a: Tensor) -> Tensor:
+        return self.residuals(b, a).square().sum(1) / 2
+
+
+CIRCLE = torch.tensor([[2.0, 0.1], [1.0, -1.0], [0.3, 2.0]], dtype=D), torch.tensor([[0.5, -0.5]], dtype=D).repeat(3, 1)
+UNITS = {
+    "lbfgs": (LBFGS(dense=0), Rosenbrock(), valleys()),
+    "bfgs": (LBFGS(), Rosenbrock(), valleys()),
+    "bfgs, float32": (LBFGS(), Bowl(), bowls(dtype=torch.float32)),
+    "gradient descent": (GradientDescent(lr=0.5, steps=3000), Bowl(), bowls()),
+    "newton": (Newton(), Rosenbrock(), valleys()),
+    "gauss-newton": (GaussNewton(), Fit(), valleys()),
+    "fista": (FISTA(), Lasso(), Lasso().data()),
+    "projected": (ProjectedGradient(), Boxed(), bowls()),
+    "augmented lagrangian": (AugmentedLagrangian(), Circle(), CIRCLE),
+    "scipy": (SciPy(), Rosenbrock(), [leaf[:3] for leaf in valleys()]),
+}
+
+
+@pytest.mark.parametrize("name", list(UNITS))
+def test_objectives_in_small_units_are_solved_as_well(name: str) -> None:
+    if name == "scipy":
+        pytest.importorskip("scipy")
+    solver, problem, (a, b) = UNITS[name]
+    large = solver.solve(problem, a, b)
+    if isinstance(solver, GradientDescent):
+        solver = GradientDescent(lr=1e6 * solver.lr, steps=solver.steps)
+    small = solver.solve(Small(problem), a, b)
+    assert large.converged.all()
+    assert small.converged.all()
+    assert not small.idle.any()
+    torch.testing.assert_close(small.b, large.b, atol=2e-3, rtol=0)
+    torch.testing.assert_close(1e6 * small.value, large.value, atol=1e-6, rtol=1e-6)
+
+
+def test_a_row_that_has_nothing_left_to_do_is_idle() -> None:
+    a, b = valleys()
+    b[:20] = torch.cat([a, a**2], 1)[:20]
+    found = LBFGS().solve(Rosenbrock(), a, b)
+    assert found.idle.tolist() == [i < 20 for i in range(40)]
+    again = LBFGS().solve(Rosenbrock(), a, found.b)  # from what it can tell from a minimum no better
+    assert again.converged.all()

@@ -99,6 +99,7 @@ class ADMM(RowSolver):
         ValueError: if ``rho`` or ``check`` is not positive.
     """
 
+    relative = False
     needs = ("program",)
 
     def __init__(

@@ -21,7 +21,7 @@ class Status(enum.IntEnum):
     """How a row ended."""
 
     CONVERGED = 0
-    """The residual is at most ``tol``."""
+    """The residual is at most ``tol``, as the solver measures it."""
     LIMIT = 1
     """Out of steps, or no further progress is possible at this precision; the best iterate is returned."""
     DIVERGED = 2
@@ -52,6 +52,11 @@ class Solution(NamedTuple):
         return self.status == Status.CONVERGED
 
     @property
+    def idle(self) -> Tensor:
+        """Which rows converged without a step: from a cold start, a sign of a tolerance above all there is to find ``(B,)``."""
+        return self.converged & (self.iterations == 0)
+
+    @property
     def diverged(self) -> Tensor:
         """Which rows met a value that is not finite and stopped there ``(B,)``."""
         return self.status == Status.DIVERGED
@@ -72,7 +77,9 @@ class Solver(nn.Module, abc.ABC):
 
     Args:
         steps: rounds at most; a round is one evaluation of every row (of its population, for solvers that have one).
-        tol: residual at which a row is finished; None chooses by dtype (1e-6 in float64, 1e-4 in float32).
+        tol: residual at which a row is finished; None chooses by dtype (1e-6 in float64, 1e-4 in float32). A gradient is
+            measured against ``tol · min(1, max(|L|, ‖∇L‖))``, with L at the row's start: an objective in small units is
+            solved as far as one in large. A row that gets no further at its precision has converged at ``tol`` itself.
     """
 
     needs: tuple[str, ...] = ("objective",)
@@ -161,6 +168,11 @@ class Solver(nn.Module, abc.ABC):
             f"{type(self).__name__} cannot be differentiated through, so it cannot refine a prediction inside forward; "
             "use GradientDescent, Adam or LBFGS there."
         )
+
+
+def size(value: Tensor, residual: Tensor) -> Tensor:
+    """``min(1, max(|L|, ‖∇L‖))`` of each row ``(B,)``: what tolerances on gradients are relative to."""
+    return torch.maximum(value.abs(), residual).clamp(max=1)
 
 
 def fixed(problem: Problem, b: Tensor, a: Context) -> Problem:

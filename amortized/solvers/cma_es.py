@@ -48,6 +48,8 @@ class CMAES(RowSolver):
         ValueError: if ``sigma`` is not positive or ``population`` less than 4.
     """
 
+    relative = False
+
     def __init__(
         self,
         steps: int = 1000,

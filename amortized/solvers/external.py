@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context, Problem, take, value_and_grad
-from amortized.solvers.base import Solution, Solver, Status, Trace, tolerance
+from amortized.solvers.base import Solution, Solver, Status, Trace, size, tolerance
 
 
 def _module(name: str, package: str) -> Any:
@@ -43,9 +43,10 @@ class SciPy(Solver):
     def _solve(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
         """As :meth:`Solver.solve`; ``trace`` is called once, at the end."""
         optimize = _module("scipy.optimize", "scipy")
-        tol = tolerance(self.tol, b.dtype)
+        value, grad = value_and_grad(problem, b, a)
+        tols = (tolerance(self.tol, b.dtype) * size(value, grad.flatten(1).norm(dim=1))).nan_to_num().tolist()
         rows = []
-        for i in range(len(b)):
+        for i, tol in enumerate(tols):
             here, start = take(a, slice(i, i + 1)), b[i : i + 1]
             best: list[Any] = [start, torch.inf, torch.inf]
             count = 0
@@ -55,9 +56,9 @@ class SciPy(Solver):
                 count += 1
                 point = torch.from_numpy(x).to(start).view(start.shape)
                 value, grad = value_and_grad(problem, point, here)
-                size = float(grad.norm())
-                if float(value) < best[1] or (float(value) == best[1] and size < best[2]):
-                    best[:] = [point.clone(), float(value), size]
+                norm = float(grad.norm())
+                if float(value) < best[1] or (float(value) == best[1] and norm < best[2]):
+                    best[:] = [point.clone(), float(value), norm]
                 return float(value), grad.flatten().double().cpu().numpy()
 
             options: dict[str, float] = {"maxiter": self.steps}

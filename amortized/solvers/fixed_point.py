@@ -50,6 +50,7 @@ class Anderson(RowSolver):
         ValueError: if ``damping`` or ``memory`` is out of range.
     """
 
+    relative = False
     needs = ("update",)
 
     def __init__(

@@ -32,7 +32,8 @@ class MultiStart(Solver):
         solver: runs from each start.
         starts: K, the starts of each row, the given one among them.
         spread: standard deviation of the others around it, in units of b.
-        match: starts whose values lie within this of the best, relative to 1 + its size, have reached it.
+        match: starts whose values lie within this of the best have reached it; relative to the size of the best plus
+            that of the largest, 1 at most.
 
     Raises:
         ValueError: if ``starts`` is less than 1 or ``spread`` is negative.
@@ -85,5 +86,6 @@ class MultiStart(Solver):
         rows = which + count * torch.arange(size, device=b.device)
         best = Solution(*(leaf[rows] for leaf in found))
         best = best._replace(evaluations=found.evaluations.view(size, count).sum(1))
-        share = (values <= (least + self.match * (1 + least.abs())).unsqueeze(1)).to(b.dtype).mean(1)
+        unit = values.abs().nan_to_num(posinf=0).amax(1).clamp(max=1) if len(b) else least
+        share = (values <= (least + self.match * (unit + least.abs())).unsqueeze(1)).to(b.dtype).mean(1)
         return Exploration(best, torch.where(best.status == int(Status.DIVERGED), 0, share), values)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from amortized.problem import CommonDraws, Context, Problem, map_leaves, take
-from amortized.solvers.base import Solution, Solver, Status, Trace, tolerance
+from amortized.solvers.base import Solution, Solver, Status, Trace, size, tolerance
 
 
 class Rows(NamedTuple):
@@ -34,6 +34,8 @@ class Rows(NamedTuple):
     evaluations: Tensor
     rounds: Tensor
     status: Tensor
+    tol: Tensor
+    """Residual at which the row is finished."""
     state: Any
 
 
@@ -76,6 +78,8 @@ class RowSolver(Solver):
 
     layout: Layout = Layout()
     """How the solver keeps rows in its state."""
+    relative: bool = True
+    """Whether ``tol`` is relative to the objective's size where that is below 1: where the residual is a gradient."""
     sync: int = 4
     """Rounds between two times that finished rows are looked for on a GPU, where each makes the host wait."""
 
@@ -104,11 +108,13 @@ class RowSolver(Solver):
         """Rows at their start ``at``; ``merit`` ``(L,)`` is what they will lower, the value unless given."""
         merit = value if merit is None else merit
         otherwise = int(Status.RUNNING if self.steps else Status.LIMIT)
-        end = torch.where(residual <= tolerance(self.tol, value.dtype), int(Status.CONVERGED), otherwise)
+        tol = torch.full_like(residual, tolerance(self.tol, value.dtype))
+        tol = tol * size(value, residual) if self.relative else tol
+        end = torch.where(residual <= tol, int(Status.CONVERGED), otherwise)
         finite = merit.isfinite() & residual.isfinite()
         status = torch.where(finite, end, int(Status.DIVERGED)).to(torch.int32)
         none = torch.zeros_like(status)
-        return Rows(at, value, residual, merit, none, none + evaluations, none, status, state)
+        return Rows(at, value, residual, merit, none, none + evaluations, none, status, tol, state)
 
     def settle(
         self,
@@ -130,7 +136,7 @@ class RowSolver(Solver):
             rows: before the round.
             at: points that were evaluated, in the layout of the state.
             value: objective there ``(L,)``.
-            residual: what is compared with ``tol`` ``(L,)``.
+            residual: what is compared with the row's tolerance ``(L,)``.
             state: the solver's state after the round.
             iterations: steps taken so far ``(L,)``.
             merit: what decides which iterate is best ``(L,)``; the value unless given.
@@ -144,14 +150,15 @@ class RowSolver(Solver):
         # Merits within rounding of the lowest cannot be told apart: the smaller residual decides, and one below the
         # tolerance may sit a little higher (gradients stay accurate where values have drowned in rounding).
         eps = torch.finfo(value.dtype).eps
-        done = residual <= tolerance(self.tol, value.dtype)
+        done = residual <= rows.tol
         rounding = torch.where(done, eps ** (2 / 3), 32 * eps) * rows.lowest.abs()
         as_low = (merit <= rows.lowest + rounding) & (residual < rows.residual)
         better = running & finite & ((merit < rows.lowest - rounding) | as_low)
         rounds = rows.rounds + running
         status = torch.where(rounds >= self.steps, int(Status.LIMIT), int(Status.RUNNING))
         if stalled is not None:
-            status = torch.where(stalled, int(Status.LIMIT), status)
+            reached = torch.where(better, residual, rows.residual) <= tolerance(self.tol, value.dtype)
+            status = torch.where(stalled, torch.where(reached, int(Status.CONVERGED), int(Status.LIMIT)), status)
         if not recovers:
             status = torch.where(finite, status, int(Status.DIVERGED))
         status = torch.where(better & done, int(Status.CONVERGED), status)
@@ -164,6 +171,7 @@ class RowSolver(Solver):
             evaluations=(rows.evaluations + running * evaluations).to(torch.int32),
             rounds=rounds,
             status=torch.where(running, status, rows.status).to(torch.int32),
+            tol=rows.tol,
             state=state,
         )
 
@@ -191,22 +199,22 @@ class RowSolver(Solver):
 
     def _solve_in_chunks(self, problem: Problem, a: Context, b: Tensor) -> Solution:
         engine, axis = self.engine(), self.layout.axis
-        size, begun = len(b), min(self.chunk_size(b), len(b))
+        total, begun = len(b), min(self.chunk_size(b), len(b))
         places: list[Tensor] = []
         found: list[list[Tensor]] = []
         place = torch.arange(begun, device=b.device)
-        here = take(a, slice(0, begun)) if begun < size else a
+        here = take(a, slice(0, begun)) if begun < total else a
         rows = engine.begin(problem, here, b[:begun])
         while len(place):
             # Moving rows copies their state, so it waits until enough of them have ended.
-            enough = int((0.75 if begun < size else 0.6) * len(place)) if len(place) > 8 else 0
+            enough = int((0.75 if begun < total else 0.6) * len(place)) if len(place) > 8 else 0
             rows = engine.run(problem, here, rows, torch.Size((len(place), *b.shape[1:])), enough)
             running = engine.status(rows) == Status.RUNNING
             ended = (~running).nonzero()[:, 0]
             places.append(place[ended])
             found.append([x.index_select(axis, ended) for x in engine.answers(rows)])
             # Waiting rows take the places of those that ended; places that nobody takes go.
-            new = slice(begun, min(begun + len(ended), size))
+            new = slice(begun, min(begun + len(ended), total))
             begun = new.stop
             if new.start < new.stop:
                 more, numbers = take(a, new), torch.arange(new.start, new.stop, device=b.device)
@@ -226,7 +234,7 @@ class RowSolver(Solver):
         return self._solution(engine.fields(every), b.shape)
 
     def _solution(self, rows: Sequence[Tensor], shape: torch.Size) -> Solution:
-        b, value, residual, _, iterations, evaluations, _, status = rows
+        b, value, residual, _, iterations, evaluations, _, status, _ = rows
         counts = (x.to(torch.int64) for x in (iterations, evaluations, status))
         b = self.layout.shaped(b, shape).clone(memory_format=torch.contiguous_format)
         return Solution(b, value, residual, *counts)
