@@ -25,7 +25,7 @@ from torchmetrics import MeanMetric
 
 from amortized.lean import LeanModule
 from amortized.losses import Loss, ObjectiveLoss
-from amortized.problem import Context, ProblemError, check_objective, draws, evaluate
+from amortized.problem import Context, ProblemError, check_objective, draws, evaluate, rows_where, take
 from amortized.solvers.base import Solver
 
 if TYPE_CHECKING:
@@ -178,9 +178,18 @@ class AmortizedModule(LeanModule, abc.ABC):
     test_step = validation_step
 
     def predict_step(self, a: Context, batch_idx: int) -> dict[str, Any]:
-        """The prediction, its objective and the decoded solution."""
-        b = self(a)
-        return {"b": b, "objective": evaluate(self, b, a), "decoded": self.decode(b, a)}
+        """The predictions and their objectives, which rows of them are ``finite``, and the decoded solutions of those.
+
+        A context with a NaN is not shown to the model: its prediction is NaN, those of the other rows are as without it.
+        """
+        given = rows_where(lambda leaf: ~leaf.isnan(), a)
+        known = take(a, given)
+        b = self(known)
+        objective = evaluate(self, b, known)
+        b, objective = _filled(b, given), _filled(objective, given)
+        finite = rows_where(torch.isfinite, b) & objective.isfinite()
+        decoded = self.decode(take(b, finite), take(a, finite))
+        return {"b": b, "objective": objective, "finite": finite, "decoded": decoded}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the loss has learned matters to training alone: a test may have another loss."""
@@ -258,6 +267,15 @@ class AmortizedModule(LeanModule, abc.ABC):
                 f"{type(self).__name__}.objective fails on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+
+
+def _filled(rows: Tensor, given: Tensor) -> Tensor:
+    """The ``given`` rows, in their places, and NaN in the others."""
+    if given.all():
+        return rows
+    filled = rows.new_full((len(given), *rows.shape[1:]), torch.nan)
+    filled[given] = rows
+    return filled
 
 
 def _shapes(a: Context) -> Any:

@@ -61,10 +61,19 @@ def num_rows(a: Context) -> int:
 
 
 def take(a: Context, index: Tensor | slice) -> Context:
-    """The rows of a context that ``index`` names: a slice, or a tensor of row numbers."""
+    """The rows of a context that ``index`` names: a slice, a tensor of row numbers, or one that says of each row whether."""
     if isinstance(index, slice):
         return map_leaves(lambda leaf: leaf[index], a)
+    if index.dtype == torch.bool:
+        if index.all():
+            return a
+        index = index.nonzero()[:, 0]
     return map_leaves(lambda leaf: leaf.index_select(0, index), a)
+
+
+def rows_where(test: Callable[[Tensor], Tensor], a: Context) -> Tensor:
+    """Whether ``test`` holds of all numbers of a row, ``(B,)``; it maps a tensor to one of truth values of that shape."""
+    return torch.stack([test(leaf).unsqueeze(-1).flatten(1).all(1) for leaf in leaves(a)]).all(0)
 
 
 def concatenate(parts: Sequence[Context]) -> Context:
