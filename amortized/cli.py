@@ -192,6 +192,7 @@ class AmortizedCLI(LightningCLI):
         parser.add_lightning_class_args(GapMonitor, "gap")
         parser.add_lightning_class_args(BudgetMonitor, "budget")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_argument(
             "--threads",
             type=int | None,
@@ -278,6 +279,8 @@ class AmortizedCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if threads := self.config[self.config.subcommand]["threads"]:
             torch.set_num_threads(threads)
+        if self.config.subcommand == "predict" and self.config.predict.return_predictions is None:
+            self.config.predict.return_predictions = False  # they are written; the trainer need not keep them as well
 
     def instantiate_classes(self) -> None:
         try:
@@ -311,8 +314,6 @@ class AmortizedCLI(LightningCLI):
             callbacks.append(ProgressBar())
         report = Report(self.recipe, gap, budget, command=self.command)
         kwargs["callbacks"] = [*callbacks, Interrupt(saver), report]
-        if self.subcommand == "predict":
-            kwargs["callbacks"].append(PredictionWriter())
         if settings["trainer"]["profiler"] is None:
             kwargs["profiler"] = Unprofiled()
         trainer = super().instantiate_trainer(**kwargs)

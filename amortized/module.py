@@ -31,7 +31,7 @@ from amortized.faults import describe
 from amortized.finite import FiniteUpdates
 from amortized.lean import LeanModule
 from amortized.losses import Loss, ObjectiveLoss
-from amortized.problem import Context, ProblemError, check_objective, draws, evaluate, num_rows
+from amortized.problem import Context, ProblemError, check_objective, draws, evaluate, num_rows, rows_where, take
 from amortized.solvers.base import Solver
 from amortized.streams import stream_seed
 
@@ -231,10 +231,19 @@ class AmortizedModule(LeanModule, abc.ABC):
     test_step = validation_step
 
     def predict_step(self, a: Context, batch_idx: int) -> dict[str, Any]:
-        """The prediction, its objective and the decoded solution."""
+        """The predictions and their objectives, which rows of them are ``finite``, and the decoded solutions of those.
+
+        A context with a NaN is not shown to the model: its prediction is NaN, those of the other rows are as without it.
+        """
         self._check_support(a)
-        b = self(a)
-        return {"b": b, "objective": evaluate(self, b, a), "decoded": self.decode(b, a)}
+        given = rows_where(lambda leaf: ~leaf.isnan(), a)
+        known = take(a, given)
+        b = self(known)
+        objective = evaluate(self, b, known)
+        b, objective = _filled(b, given), _filled(objective, given)
+        finite = rows_where(torch.isfinite, b) & objective.isfinite()
+        decoded = self.decode(take(b, finite), take(a, finite))
+        return {"b": b, "objective": objective, "finite": finite, "decoded": decoded}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Nothing is saved before what has not been looked at yet is known to be finite; what was skipped goes with it."""
@@ -378,6 +387,15 @@ def _domain(constraint: Constraint) -> str:
     """A constraint in words: ``[0, 1]``, or its name."""
     low, high = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
     return f"[{low:g}, {high:g}]" if low is not None and high is not None else str(constraint).removesuffix("()")
+
+
+def _filled(rows: Tensor, given: Tensor) -> Tensor:
+    """The ``given`` rows, in their places, and NaN in the others."""
+    if given.all():
+        return rows
+    filled = rows.new_full((len(given), *rows.shape[1:]), torch.nan)
+    filled[given] = rows
+    return filled
 
 
 def _shapes(a: Context) -> Any:

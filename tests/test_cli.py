@@ -105,8 +105,11 @@ def test_predict_for_contexts_of_a_file(capfd):
     assert np.allclose(found["objective"], ((found["b"] - 2 * contexts.numpy()) ** 2).sum(1) + 1, atol=1e-5)
     np.save("wrong.npy", torch.randn(5, 4).numpy())
     capfd.readouterr()
-    assert "contexts of shape ('B', 4); expected ('B', 3)" in error([*predict, "--data.predict=wrong.npy"], capfd)
+    found = error([*predict, "--data.predict=wrong.npy"], capfd)
+    assert "contexts of shape (5, 4); expected a float32 tensor of shape (B, 3)" in found
     assert "no such file of contexts: missing.npy" in error([*predict, "--data.predict=missing.npy"], capfd)
+    Path("damaged.npz").write_bytes(b"PK no archive")
+    assert "damaged.npz cannot be read" in error([*predict, "--data.predict=damaged.npz"], capfd)
 
 
 def test_options_override_the_recipe_and_print_config_round_trips(capsys):

@@ -23,7 +23,7 @@ from torch.nn.functional import affine_grid, grid_sample, one_hot
 
 from amortized.contexts import ContextDataModule
 from amortized.module import AmortizedModule
-from amortized.problems.images import handwritten_digits
+from amortized.problems.images import handwritten_digits, show
 
 
 class Labelled(NamedTuple):
@@ -73,7 +73,7 @@ class Classification(AmortizedModule):
         figure = Figure(figsize=(1.3 * len(a.image), 2.6), layout="constrained")
         images, bars = figure.subplots(2, len(a.image), squeeze=False, sharey="row")
         for i, (above, below) in enumerate(zip(images, bars, strict=True)):
-            above.imshow(a.image[i].reshape(8, 8).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+            show(above, a.image[i])
             above.set_axis_off()
             for k, (name, b) in enumerate(solutions.items()):
                 below.bar(

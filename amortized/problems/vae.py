@@ -27,6 +27,7 @@ from amortized.evidence import Evidence
 from amortized.module import AmortizedModule
 from amortized.posteriors import Posterior, standard_normal
 from amortized.problem import Context, num_rows
+from amortized.problems.images import show
 
 
 class VAE(AmortizedModule):
@@ -55,12 +56,13 @@ class VAE(AmortizedModule):
         eval_samples: estimates of the bound for each image in evaluation.
         evidence: how a test estimates ``log p(a)``, for the approximation gap; ``None`` leaves it unknown.
         freeze_decoder: train the encoder alone, for a given decoder.
+        height: of images that are not square, in pixels, for pictures of them; ``None`` draws those in one line.
         **kwargs: see :class:`~amortized.AmortizedModule`.
     """
 
     sobol: Tensor
     objective_name = "negative ELBO (nats)"
-    free_settings = (*AmortizedModule.free_settings, "evidence", "samples", "eval_samples", "freeze_decoder")
+    free_settings = (*AmortizedModule.free_settings, "evidence", "samples", "eval_samples", "freeze_decoder", "height")
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class VAE(AmortizedModule):
         eval_samples: int = 32,
         evidence: Evidence | None = None,
         freeze_decoder: bool = False,
+        height: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(encoder, **kwargs)
@@ -88,6 +91,7 @@ class VAE(AmortizedModule):
         self.decoder = decoder.requires_grad_(not freeze_decoder)
         self.posterior, self.likelihood, self.sigma, self.beta = posterior, likelihood, sigma, beta
         self.importance, self.samples, self.eval_samples = importance, samples, eval_samples
+        self.height = height
         points = SobolEngine(posterior.latent).draw(importance * max(samples, eval_samples))
         self.register_buffer("sobol", points, persistent=False)
         self.evidence = evidence
@@ -153,12 +157,11 @@ class VAE(AmortizedModule):
             share = torch.linspace(0, 1, len(a), device=z.device, dtype=z.dtype)[:, None]
             rows["first to\nlast"] = self.images(torch.lerp(z[:1], z[-1:], share))
         rows["prior"] = self.images(noise[0])
-        side = round(a.shape[1] ** 0.5)
         figure = Figure(figsize=(0.9 * len(a) + 0.8, 0.95 * len(rows)), layout="constrained")
         for line, (name, images) in zip(figure.subplots(len(rows), len(a), squeeze=False), rows.items(), strict=True):
             line[0].set_ylabel(name, fontsize=8)
-            for axes, image in zip(line, images.cpu(), strict=True):
-                axes.imshow(image.reshape(side, side).numpy(), cmap="gray_r", vmin=0, vmax=1)
+            for axes, image in zip(line, images, strict=True):
+                show(axes, image, self.height)
                 axes.set(xticks=[], yticks=[])
         return figure
 
