@@ -70,13 +70,13 @@ class FiniteUpdates:
                 return loss * (1 + 0 * loss.detach())
         return loss if math.isfinite(loss.item()) else loss * torch.nan
 
-    def before_update(self, module: AmortizedModule) -> None:
+    def before_update(self, module: AmortizedModule, optimizer: torch.optim.Optimizer) -> None:
         """Look at the gradient that the optimizer is about to step with.
 
         Raises:
             ProblemError: on every process, where it is not finite and ``action`` is ``stop``.
         """
-        parameters = [p for p in module.parameters() if p.grad is not None]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self._later(module):
             finite = get_total_norm(gradients).isfinite()

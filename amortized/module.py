@@ -203,13 +203,13 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Lets no update through that is not finite; an override calls this too."""
-        self.finite_updates.before_update(self)
+        self.finite_updates.before_update(self, optimizer)
 
     def _update(self, a: Context, optimizer: torch.optim.Optimizer, number: int) -> None:
         loss = self.finite_updates.mean(self, a, number)
         optimizer.zero_grad()  # first: the gradients of the last step are still there
         loss.backward()
-        self.finite_updates.before_update(self)
+        self.finite_updates.before_update(self, optimizer)
         if self.trainer.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm)
         optimizer.step()

@@ -317,12 +317,12 @@ def test_metrics_file_has_the_curves(tmp_path):
 
 def test_the_monitor_keeps_to_its_fraction_and_says_how_many_it_measured():
     args = ["fit", "--model=toy.Quadratic", "--data=toy.Gaussians", "--data.num_val=2048", "--data.num_test=64"]
-    args += ["--trainer.max_steps=300", "--trainer.val_check_interval=50", "--trainer.check_val_every_n_epoch=null"]
+    args += ["--trainer.max_steps=1000", "--trainer.val_check_interval=100", "--trainer.check_val_every_n_epoch=null"]
     args += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--budget.enabled=false"]
     slow = [
         "--gap.max_fraction=0.5",
         "--gap.solver=GradientDescent",
-        "--gap.solver.steps=100",
+        "--gap.solver.steps=20",
         "--gap.solver.tol=0",
         "--gap.solver.lr=1e-5",
     ]

@@ -101,7 +101,7 @@ class Budget(NamedTuple):
 
     @property
     def resolved(self) -> bool:
-        """Whether more than rounding lies between the lowest value and the network's or the start's, on half of the rows at least."""
+        """Whether the network or the start is above the lowest value by more than rounding, on half of the rows at least."""
         between = torch.maximum(self.network, self.start) - self.best
         return bool((~(between <= ROUNDING * self.best.abs())).double().mean() >= 0.5)
 
