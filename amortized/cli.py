@@ -44,7 +44,7 @@ from amortized.callbacks.progress import ProgressBar
 from amortized.contexts import ContextDataModule
 from amortized.help_text import COMMANDS, help_text, top_help
 from amortized.lean import Unprofiled, lean
-from amortized.loggers import MetricsLogger, finish, log_checkpoint, wandb_logger
+from amortized.loggers import MetricsLogger, attempt, finish, log_checkpoint, wandb_logger
 from amortized.module import AmortizedModule
 from amortized.parsing import Parser, UsageError, cause_of, close, full_options
 from amortized.problem import ProblemError
@@ -288,6 +288,9 @@ class AmortizedCLI(LightningCLI):
         except UsageError:
             raise
         except ValueError as error:  # of a class's own __init__, in jsonargparse's wrapping
+            origin = faults.origin(error)
+            if not isinstance(origin, ValueError) and faults.place(origin):
+                raise origin from None
             raise UsageError(cause_of(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -411,7 +414,7 @@ class AmortizedCLI(LightningCLI):
         if self.config_init.fit.wandb_artifact and last is not None:
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    log_checkpoint(logger, last)
+                    attempt(logger, log_checkpoint, logger, last)
 
 
 def _without(model: dict[str, Any], settings: str) -> dict[str, Any]:

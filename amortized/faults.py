@@ -32,6 +32,13 @@ def describe(error: BaseException) -> str:
     return f"{text} ({where})" if where else text
 
 
+def origin(error: BaseException) -> BaseException:
+    """The first of the errors that led to this one."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
 def known_cause(error: BaseException) -> str | None:
     """What is missing on this machine for what was asked: memory, or a compiler; ``None`` if it is something else."""
     cause: BaseException | None = error

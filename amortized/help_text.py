@@ -39,7 +39,7 @@ def help_text(command: str, whole: str, recipes: Iterable[str], topic: str | Non
             raise UsageError(f"no group of options {topic!r}{close(topic, GROUPS)}; there are {', '.join(GROUPS)}, all")
         head = re.compile(rf"  --{topic}[ .]")
         return "\n".join([f"{topic}: {GROUPS[topic]}", "", *filter(head.match, entries), ""])
-    lines = [f"usage: amortized {command} [-c RECIPE] [--model CLASS --data CLASS] [--SETTING VALUE ...]", ""]
+    lines = [f"usage: amortized {command} [-c RECIPE] [--model CLASS --data CLASS] [--SETTING VALUE]", ""]
     lines += textwrap.wrap(f"Recipes: {', '.join(recipes)}, or the path of a YAML file. {TRUST} {IMPORTS}", 80)
     lines += ["", "options:"]
     for text in entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
@@ -14,15 +15,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
 
-from amortized.callbacks.pictures import histogram
 from amortized.checkpoint import digest_path
 
 SECONDS_TO_REACH = 15.0
@@ -175,12 +175,17 @@ class LaunchedWandbLogger(WandbLogger):
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise MisconfigurationException(f"W&B: {_line(error)} Or log with --wandb offline") from error
         except Exception as error:
-            folder = self._settings["save_dir"]
-            _warn(
-                f"W&B is not reached ({_line(error)}): logged offline, to be uploaded by `wandb sync {folder}/wandb/*`"
-            )
-            again = LaunchedWandbLogger(**self._settings | {"mode": "offline"})
-            self._experiment = again.experiment
+            if self._settings["mode"] == "offline":
+                _tell_failure(self, error)
+                self._experiment = wandb.init(mode="disabled")
+            else:
+                folder = self._settings["save_dir"]
+                _warn(
+                    f"W&B is not reached ({_line(error)}): logged offline; later, wandb sync {folder}/wandb/offline-*"
+                )
+                name = f"{self._settings['id']}-offline"  # its service holds the first one
+                offline = LaunchedWandbLogger(**self._settings | {"mode": "offline", "id": name})
+                self._experiment, self.failed = offline.experiment, offline.failed
             return self._experiment
 
     @rank_zero_only
@@ -203,8 +208,12 @@ def attempt(logger: WandbLogger, log: Callable[..., Any], *args: Any) -> None:
     except MisconfigurationException:
         raise
     except Exception as error:
-        logger.failed = True  # type: ignore[attr-defined]
-        _warn(f"W&B failed ({type(error).__name__}: {_line(error)}): the run goes on without it")
+        _tell_failure(logger, error)
+
+
+def _tell_failure(logger: WandbLogger, error: Exception) -> None:
+    logger.failed = True  # type: ignore[attr-defined]
+    _warn(f"W&B failed ({type(error).__name__}: {_line(error)}): the run goes on without it")
 
 
 def _line(error: Exception) -> str:
@@ -260,7 +269,7 @@ def log_results(
     logger: WandbLogger,
     found: dict[str, dict[str, Any]],
     pictures: list[Path],
-    gap: Tensor,
+    histogram: tuple[np.ndarray, np.ndarray] | None,
     report: Path,
     step: int,
 ) -> None:
@@ -270,8 +279,8 @@ def log_results(
     for path in pictures:
         logger.log_image(f"pictures/{path.stem}", [str(path)], step=step)
     media: dict[str, Any] = {"report": wandb.Html(str(report), inject=False)}
-    if gap.isfinite().any():
-        media["test/gap/histogram"] = wandb.Histogram(np_histogram=histogram(gap))
+    if histogram is not None:
+        media["test/gap/histogram"] = wandb.Histogram(np_histogram=histogram)
     logger.log_metrics(media, step)
     logger.experiment.summary.update({f"{group}.{k}": v for group, values in found.items() for k, v in values.items()})
 
@@ -314,3 +323,8 @@ def finish(logger: WandbLogger, exit_code: int) -> None:
     run, logger._experiment = logger._experiment, None
     if run is not None:
         attempt(logger, run.finish, exit_code)
+    if getattr(logger, "failed", False):
+        import wandb
+
+        with contextlib.suppress(Exception):
+            wandb.teardown()  # which would fail at the interpreter's end, with a traceback

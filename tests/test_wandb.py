@@ -144,6 +144,21 @@ def test_two_runs_of_one_process_do_not_mix(monkeypatch):
     assert len(one.curve("train/loss")) == 4
 
 
+def test_the_names_that_the_user_gave_are_in_the_run(monkeypatch):
+    import wandb
+
+    given = {"NAME": "mine", "RUN_GROUP": "ours", "TAGS": "first,second", "PROJECT": "unused", "ENTITY": "unused"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = ["--wandb=offline", "--wandb_project=typed", "--wandb_entity=team", "--run_folder=kept"]
+    main([*FIT, *options, "--trainer.max_steps=1", "--budget.enabled=false"])
+    wandb.teardown()
+    (logged,) = wandb_runs("kept")
+    assert (logged.name, logged.group, logged.project, logged.entity) == ("mine", "ours", "typed", "team")
+    assert logged.tags == ["first", "second"]
+
+
 def test_a_stopped_run_is_marked():
     stopped = Run([*FIT, "--wandb=offline", "--run_folder=kept", "--trainer.max_steps=100000"])
     stopped.wait_for(lambda: Path("kept/checkpoints").is_dir())

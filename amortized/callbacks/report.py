@@ -24,7 +24,7 @@ from amortized.callbacks.advice import advice
 from amortized.callbacks.budget import Budget, BudgetMonitor
 from amortized.callbacks.gap import Cases, GapMonitor
 from amortized.callbacks.page import page
-from amortized.callbacks.pictures import draw_budget, draw_curves, draw_gap
+from amortized.callbacks.pictures import draw_budget, draw_curves, draw_gap, histogram
 from amortized.faults import describe
 from amortized.loggers import attempt, log_results, log_worst
 from amortized.module import AmortizedModule
@@ -274,17 +274,21 @@ class Report(Callback):
         html.write_text(self._page(found, pictures, directory, pl_module), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                found_files = (list(pictures.values()), self.gap.table.gap, html, trainer.global_step)
-                attempt(logger, log_results, logger, found, *found_files)
-                attempt(
-                    logger,
-                    log_worst,
-                    logger,
-                    worst_rows(self.gap.worst),
-                    self._portraits(pl_module),
-                    trainer.global_step,
-                )
+                attempt(logger, self._log, logger, pl_module, found, list(pictures.values()), html, trainer.global_step)
         print(f"\n{table(found, self.name, pl_module.objective_name)}\nwritten to {directory}")
+
+    def _log(
+        self,
+        logger: WandbLogger,
+        module: AmortizedModule,
+        found: dict[str, Any],
+        pictures: list[Path],
+        html: Path,
+        step: int,
+    ) -> None:
+        gap = self.gap.table.gap
+        log_results(logger, found, pictures, histogram(gap) if gap.isfinite().any() else None, html, step)
+        log_worst(logger, worst_rows(self.gap.worst), self._portraits(module), step)
 
     def _page(self, found: dict[str, Any], pictures: dict[str, Path], directory: Path, module: AmortizedModule) -> str:
         recipes = sorted(directory.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)

@@ -18,7 +18,7 @@ def _module(name: str, package: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{name} is not installed: pip install {package}, or amortized[benchmarks]", name=error.name
+            f"{name} is not installed: pip install {package} (or '.[benchmarks]' in a clone)", name=error.name
         ) from error
 
 
