@@ -1,20 +1,25 @@
 """Optimal transport: against linear programs, known plans and dense sums; and the claim itself, that a learned start pays."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
+from amortized import checkpoint
 from amortized.problem import map_leaves, value_and_grad
 from amortized.problems.transport import (
     CloudPotential,
     Clouds,
     CloudTransport,
+    HistogramPotential,
     Histograms,
     HistogramTransport,
     ImagePairs,
     MixtureClouds,
     Transport,
+    gaussian_potential,
 )
 from amortized.problems.transport.entropic import log_density
 from amortized.solvers import LBFGS, Anderson
@@ -51,7 +56,12 @@ def exact_cost(C, alpha, beta):
     n, m = C.shape
     rows = torch.eye(n, dtype=D).repeat_interleave(m, 1)
     columns = torch.eye(m, dtype=D).repeat(1, n)
-    found = linprog(C.flatten().numpy(), A_eq=torch.cat([rows, columns]).numpy(), b_eq=torch.cat([alpha, beta]).numpy(), method="highs")
+    found = linprog(
+        C.flatten().numpy(),
+        A_eq=torch.cat([rows, columns]).numpy(),
+        b_eq=torch.cat([alpha, beta]).numpy(),
+        method="highs",
+    )
     assert found.success
     return found.fun
 
@@ -66,7 +76,9 @@ def test_the_convolution_by_axes_is_the_dense_sum(epsilon, dtype):
         f = scale * torch.randn(a.alpha.shape, generator=generator, dtype=D)
         u = log_density(f / epsilon, a.alpha)
         dense = Transport.log_convolve(module, u, a, epsilon)
-        found = grid(epsilon=epsilon).to(dtype).log_convolve(u.to(dtype).clamp_min(torch.finfo(dtype).min / 4), a, epsilon)
+        found = (
+            grid(epsilon=epsilon).to(dtype).log_convolve(u.to(dtype).clamp_min(torch.finfo(dtype).min / 4), a, epsilon)
+        )
         precision = torch.finfo(dtype).eps * (2000 + 8 * scale / epsilon)
         torch.testing.assert_close(found.double(), dense, rtol=0, atol=precision)
     b = f.to(dtype).requires_grad_()
@@ -201,7 +213,38 @@ def test_the_way_between_two_histograms_keeps_the_mass():
     torch.testing.assert_close(middle, (ends[0] + ends[1]) / 2, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"epsilon": 0.0}, "positive"), ({"start": "warm"}, "zeros"), ({"side": 1}, "side")])
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"epsilon": 0.0}, "positive"), ({"start": "warm"}, "zeros"), ({"side": 1}, "side")]
+)
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         grid(**settings)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The module of the reference checkpoint, and test pairs."""
+    saved = checkpoint.load(Path(__file__).parent.parent / "checkpoints" / "transport_digits.ckpt")
+    init = saved[checkpoint.RECIPE]["model"]["init_args"]
+    network = HistogramPotential(**init["network"]["init_args"])
+    module = HistogramTransport(network, side=init["side"], epsilon=init["epsilon"])
+    module.load_state_dict(saved["state_dict"])
+    return module.eval(), ImagePairs(num_test=128).contexts("test")
+
+
+@pytest.mark.parametrize("memory", [0, 5])
+@pytest.mark.parametrize(("error", "zeros", "gaussians"), [(1e-2, 0.5, 0.6), (1e-3, 0.75, 0.8)])
+def test_a_learned_start_saves_iterations(trained, error, zeros, gaussians, memory):
+    """Mean iterations from the prediction, as a share of those from zero and from Gaussians."""
+    module, a = trained
+    with torch.no_grad():
+        starts = [
+            module(a),
+            torch.zeros_like(a.alpha),
+            gaussian_potential(a.alpha, module.points, a.beta, module.points, 0.01),
+        ]
+    found = [Anderson(steps=1000, memory=memory, tol=error).solve(module, a, b) for b in starts]
+    assert all(solution.converged.all() for solution in found)
+    learned, from_zeros, from_gaussians = (solution.iterations.double().mean() for solution in found)
+    assert learned < zeros * from_zeros
+    assert learned < gaussians * from_gaussians

@@ -3,7 +3,13 @@
 from amortized.problems.transport.clouds import CloudPotential, Clouds, CloudTransport, MixtureClouds
 from amortized.problems.transport.entropic import Measure, Plan, Transport
 from amortized.problems.transport.gaussians import gaussian_potential
-from amortized.problems.transport.histograms import HistogramPotential, Histograms, HistogramTransport, ImagePairs, histogram
+from amortized.problems.transport.histograms import (
+    HistogramPotential,
+    Histograms,
+    HistogramTransport,
+    ImagePairs,
+    histogram,
+)
 
 __all__ = [
     "CloudPotential",

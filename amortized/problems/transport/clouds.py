@@ -138,7 +138,5 @@ class MixtureClouds(ContextDataModule):
         scales = 0.02 * 10 ** rand(self.components, self.dimension)
         weights = -rand(self.components).clamp_min(1e-6).log()
         chosen = torch.multinomial(weights, self.points, replacement=True, generator=generator).unsqueeze(2)
-        noise = torch.randn(
-            n, self.points, self.dimension, generator=generator, device=generator.device
-        )
+        noise = torch.randn(n, self.points, self.dimension, generator=generator, device=generator.device)
         return (centres.take_along_dim(chosen, 1) + scales.take_along_dim(chosen, 1) * noise).clamp(0, 1)

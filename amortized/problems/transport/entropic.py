@@ -71,8 +71,8 @@ class Transport(AmortizedModule, abc.ABC):
     Args:
         network: ``context -> (B, n)``.
         epsilon: the temperature, in the unit of the cost: a squared length.
-        start: where a solver starts cold: at zero; at the potential of two Gaussians with the measures' moments; or annealed, after
-            Sinkhorn steps at falling temperatures, which takes it to small ``epsilon`` in far fewer steps.
+        start: where a solver starts cold: at zero; at the potential of two Gaussians with the measures' moments; or annealed,
+            after a Sinkhorn step at each of :func:`temperatures`, from where a small ``epsilon`` is reached in far fewer steps.
         **kwargs: see :class:`~amortized.AmortizedModule`.
 
     Raises:
@@ -171,7 +171,9 @@ class Transport(AmortizedModule, abc.ABC):
             return low + span * (self.log_convolve(u, a, self.epsilon, back=True) - log_rows).expm1()
 
         means = torch.stack([mean(x) for x in beta.points.unbind(-1)], -1)
-        squares = alpha.points.square().sum(-1) - 2 * (alpha.points * means).sum(-1) + mean(beta.points.square().sum(-1))
+        squares = (
+            alpha.points.square().sum(-1) - 2 * (alpha.points * means).sum(-1) + mean(beta.points.square().sum(-1))
+        )
         return Plan(f + shift, g - shift, means, (alpha.weights * squares).sum(1))
 
     def matrix(self, b: Tensor, a: Context) -> Tensor:

@@ -42,9 +42,9 @@ class HistogramTransport(Transport):
         ``log sum_i exp(u_i - (x_i - y_j)^2 / epsilon) = t_j + log sum_i exp(v_i + s) exp(2 x_i y_j / epsilon)``,
         ``v_i = u_i - x_i^2 / epsilon - max_k (u_k - x_k^2 / epsilon)``,
 
-    exponents of the matrix are at most ``R / 2``, ``R = 1 / epsilon``, in size, and the largest term of any sum has ``v_i >= -R``: it
-    and all that matter beside it are normal numbers if ``s`` makes the largest product fit. So it is for ``R`` up to 100 in float32
-    and 900 in float64, whatever ``u`` is: for ``epsilon`` down to 0.01 and 0.0012. Below, the sum is taken in the log domain.
+    exponents of the matrix are at most ``R / 2`` in size, ``R = 1 / epsilon``, and the largest term of any sum has ``v_i >= -R``:
+    it and all that matter beside it are normal numbers, if ``s`` makes the largest product just fit. So it is whatever ``u`` is,
+    for ``epsilon`` down to 0.01 in float32 and 0.0012 in float64. Below, the sum is taken in the log domain.
 
     Args:
         network: ``Histograms -> (B, side * side)``.
@@ -117,7 +117,7 @@ class HistogramTransport(Transport):
         for row in range(len(b)):
             one = Histograms(*(part[row : row + 1] for part in a))
             P = self.matrix(b[row : row + 1], one)[0]
-            i, j = (P > 1e-3 * P.max() / self.side).nonzero(as_tuple=True)
+            i, j = P.nonzero(as_tuple=True)
             for frame, t in zip(frames, times, strict=True):
                 at = (self.side - 1) * torch.lerp(self.points[i], self.points[j], t)
                 low = at.floor().clamp(max=self.side - 2)
@@ -131,7 +131,7 @@ class HistogramTransport(Transport):
 
 
 class HistogramPotential(nn.Module):
-    """An MLP from both histograms, reduced in resolution, to the potential in full resolution: ``Histograms -> (B, side * side)``.
+    """An MLP from both histograms, at a reduced resolution, to the potential, ``Histograms -> (B, side * side)``.
 
     Potentials vary slowly, except where one step of Sinkhorn's algorithm makes them right: they need no fine image.
 
@@ -183,7 +183,7 @@ class ImagePairs(Images):
             self._images[split] = handwritten_digits(split)[0] if self.dataset == "digits" else self._from_files(split)
         return self._images[split]
 
-    def contexts(self, split: str) -> Histograms | None:
+    def contexts(self, split: str) -> Histograms | None:  # type: ignore[override]  # pairs of images
         return None if split == "train" else self._pairs(split, self.num_rows[split], self._generator(split, 0))
 
     def sample(self, n: int, generator: torch.Generator) -> Histograms:
