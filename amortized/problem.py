@@ -366,7 +366,11 @@ class Known(Problem, Protocol):
 
 
 class FixedPoint(Protocol):
-    """A map whose fixed point is sought; with an ``objective`` as well, solutions report it."""
+    """A map whose fixed point is sought; with an ``objective`` as well, solutions report it.
+
+    Where ``‖update(b, a) − b‖`` means little, a method ``fixed_point_error(b, moved, a) -> (B,)``, with
+    ``moved = update(b, a)``, says in the problem's own units how far ``b`` is from a fixed point.
+    """
 
     def update(self, b: Tensor, a: Context) -> Tensor:
         """The map ``(B, *) -> (B, *)``, one row independent of another."""

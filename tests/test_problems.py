@@ -28,11 +28,17 @@ from amortized.problem import (
 from amortized.problems import (
     VAE,
     Classification,
+    CloudPotential,
+    CloudTransport,
     GeneratedImages,
+    HistogramPotential,
+    HistogramTransport,
+    ImagePairs,
     Images,
     LabelledDigits,
     LinearGaussian,
     LinearGaussianContexts,
+    MixtureClouds,
     Sinusoid,
     SinusoidContexts,
     Sphere,
@@ -87,6 +93,10 @@ def conv_vae():
     )
 
 
+def moves_inside_the_cube(plan):
+    return (plan.map > -1e-4).all() and (plan.map < 1 + 1e-4).all() and (plan.cost > -1e-6).all() and finite(plan.f)
+
+
 BOWLS, SUPPORT = ["centres", "offsets"], ["support_x", "support_y"]
 CASES = {
     "sphere": Case(lambda: Sphere(MLP(16, 3)), SphereContexts, on_sphere),
@@ -105,6 +115,8 @@ CASES = {
     "linear": Case(lambda: LinearGaussian(MLP(10, 8), DiagonalGaussian(4)), LinearGaussianContexts, finite_density),
     "linear, full": Case(lambda: LinearGaussian(MLP(10, 14), FullGaussian(4)), LinearGaussianContexts, finite_density),
     "classification": Case(lambda: Classification(MLP(64, 10)), LabelledDigits, on_simplex),
+    "transport": Case(lambda: HistogramTransport(HistogramPotential()), ImagePairs, moves_inside_the_cube),
+    "transport, clouds": Case(lambda: CloudTransport(CloudPotential(2, 0.01)), MixtureClouds, moves_inside_the_cube),
     "style": Case(lambda: StyleTransfer(Stylization(channels=(4, 8, 8), blocks=1, embedding=8)), StylePairs, in_unit_cube),
 }  # fmt: skip
 

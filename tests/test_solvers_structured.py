@@ -163,6 +163,22 @@ def test_anderson_beyond_contraction_and_with_a_bad_row() -> None:
     torch.testing.assert_close(at, a[found.converged] * at.cos(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("memory", [0, 5])
+def test_anderson_stops_at_an_error_that_the_problem_has(memory: int) -> None:
+    class Largest(Contraction):
+        def fixed_point_error(self, b: Tensor, moved: Tensor, a: Tensor) -> Tensor:
+            return 1e3 * (moved - b).abs().amax(1)
+
+    problem, a = Largest(), torch.randn(6, 10, generator=torch.Generator().manual_seed(1), dtype=D)
+    found = Anderson(memory=memory, tol=1e-2, steps=5000).solve(problem, a, torch.zeros_like(a))
+    assert found.converged.all()
+    error = problem.fixed_point_error(found.b, problem.update(found.b, a), a)
+    torch.testing.assert_close(found.residual, error)
+    assert (error <= 1e-2).all()
+    usual = Anderson(memory=memory, tol=1e-2, steps=5000).solve(Contraction(), a, torch.zeros_like(a))
+    assert (found.iterations > usual.iterations).all()
+
+
 class Programs:
     """½ bᵀPb + qᵀb within bounds on A b; contexts are q and the bounds, and where ``own`` also P and A."""
 

@@ -6,16 +6,30 @@ from amortized.problems.linear_gaussian import LinearGaussian, LinearGaussianCon
 from amortized.problems.sinusoid import Sinusoid, SinusoidContexts
 from amortized.problems.sphere import Sphere, SphereContexts
 from amortized.problems.style import StylePair, StylePairs, StyleTransfer
+from amortized.problems.transport import (
+    CloudPotential,
+    CloudTransport,
+    HistogramPotential,
+    HistogramTransport,
+    ImagePairs,
+    MixtureClouds,
+)
 from amortized.problems.vae import VAE, GeneratedImages
 
 __all__ = [
     "VAE",
     "Classification",
+    "CloudPotential",
+    "CloudTransport",
     "GeneratedImages",
+    "HistogramPotential",
+    "HistogramTransport",
+    "ImagePairs",
     "Images",
     "LabelledDigits",
     "LinearGaussian",
     "LinearGaussianContexts",
+    "MixtureClouds",
     "Sinusoid",
     "SinusoidContexts",
     "Sphere",

@@ -32,8 +32,9 @@ class Anderson(RowSolver):
     ``memory = 0`` it is the damped iteration itself, which converges where ``(1 − β) + β T`` contracts. A row whose
     residual has grown tenfold over its best starts over from there.
 
-    The problem has ``update(b, a) -> (B, *)`` (:class:`~amortized.problem.FixedPoint`). ``residual`` is ‖f‖ and decides
-    which iterate is best; ``value`` is the problem's objective where it has one, else ½ ‖f‖².
+    The problem has ``update(b, a) -> (B, *)`` (:class:`~amortized.problem.FixedPoint`). ``residual`` is ‖f‖, or the error
+    that the problem has in its own units, and decides which iterate is best; ``value`` is the problem's objective where it has
+    one, else half the square of the residual.
 
     Source: Walker & Ni (2011); restarts as in Zhang, O'Donoghue & Boyd (2020), simplified.
 
@@ -68,8 +69,11 @@ class Anderson(RowSolver):
         self.memory, self.damping, self.regularization = memory, damping, regularization
 
     def _evaluated(self, problem: Any, a: Context, b: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        f = (problem.update(b.reshape(shape), a)).reshape(b.shape) - b
-        residual = f.norm(dim=1)
+        point = b.reshape(shape)
+        moved = problem.update(point, a)
+        f = moved.reshape(b.shape) - b
+        known = hasattr(problem, "fixed_point_error")
+        residual = problem.fixed_point_error(point, moved, a) if known else f.norm(dim=1)
         value = problem.objective(b.reshape(shape), a) if hasattr(problem, "objective") else residual**2 / 2
         return f, residual, value
 
