@@ -15,6 +15,8 @@ from amortized.networks import (
     ConvEncoder,
     DeepSet,
     LearnedInitialization,
+    Recurrent,
+    SetMoments,
     SetTransformer,
     Stylization,
 )
@@ -31,19 +33,27 @@ from amortized.problem import (
     value_and_grad,
 )
 from amortized.problems import (
+    SLCP,
     VAE,
     Classification,
+    ConditionalFlow,
+    GaussianLinear,
+    GaussianLinearPosterior,
     GeneratedImages,
     Images,
     LabelledDigits,
     LinearGaussian,
     LinearGaussianContexts,
+    LotkaVolterra,
+    NeuralPosterior,
+    Simulations,
     Sinusoid,
     SinusoidContexts,
     Sphere,
     SphereContexts,
     StylePairs,
     StyleTransfer,
+    TwoMoons,
 )
 from amortized.solvers import LBFGS, GradientDescent, LearnedUpdate, Status
 
@@ -76,6 +86,10 @@ def finite_density(q):
     return finite(q.log_prob(q.mean))
 
 
+def in_support(q):
+    return finite(q.mean) and q.prior.contains(q.sample((5,))).all()
+
+
 def vae(posterior, **kwargs):
     return VAE(MLP(64, posterior.features), MLP(4, 64), posterior, **kwargs)
 
@@ -89,6 +103,14 @@ def conv_vae():
     return VAE(
         ConvEncoder(8, 8, [4, 8]), ConvDecoder(4, 8, [8, 4]), DiagonalGaussian(4), likelihood="gaussian", sigma=0.3
     )
+
+
+def simulations(simulator):
+    return lambda **settings: Simulations(simulator(), **settings)
+
+
+def flow_posterior(network, simulator, kind="spline"):
+    return NeuralPosterior(network, ConditionalFlow(simulator.prior.dimension, 4, 2, [16], kind), simulator)
 
 
 BOWLS, SUPPORT = ["centres", "offsets"], ["support_x", "support_y"]
@@ -109,6 +131,10 @@ CASES = {
     "linear": Case(lambda: LinearGaussian(MLP(10, 8), DiagonalGaussian(4)), LinearGaussianContexts, finite_density),
     "linear, full": Case(lambda: LinearGaussian(MLP(10, 14), FullGaussian(4)), LinearGaussianContexts, finite_density),
     "classification": Case(lambda: Classification(MLP(64, 10)), LabelledDigits, on_simplex),
+    "Gaussian": Case(lambda: GaussianLinearPosterior(MLP(10, 65), FullGaussian(10)), simulations(GaussianLinear), in_support),
+    "two moons": Case(lambda: flow_posterior(MLP(2, 4), TwoMoons()), simulations(TwoMoons), in_support),
+    "SLCP": Case(lambda: flow_posterior(SetMoments(["x"], 2, 4), SLCP(), "affine"), simulations(SLCP), in_support),
+    "lynxes": Case(lambda: flow_posterior(Recurrent(["x"], 2, 4), LotkaVolterra()), simulations(LotkaVolterra), in_support),
     "style": Case(lambda: StyleTransfer(Stylization(channels=(4, 8, 8), blocks=1, embedding=8)), StylePairs, in_unit_cube),
 }  # fmt: skip
 
@@ -317,7 +343,7 @@ def test_the_digits_are_split_once_for_all_seeds():
     assert equal(LabelledDigits(seed=1).contexts("test"), LabelledDigits().contexts("test"))
 
 
-@pytest.mark.parametrize("network", [DeepSet, SetTransformer])
+@pytest.mark.parametrize("network", [DeepSet, SetMoments, SetTransformer])
 def test_sets_have_no_order(network):
     f = network(BOWLS, 4, 3)
     a = SphereContexts(num_val=5).contexts("val")

@@ -7,9 +7,10 @@ import json
 import math
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -148,9 +149,9 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
     return rows
 
 
-def table(found: dict[str, Any], name: str, objective: str) -> str:
-    """:func:`lines` under a title, for a terminal."""
-    rows = lines(found, objective)
+def table(found: dict[str, Any], name: str, objective: str, more: Sequence[tuple[str, str]] = ()) -> str:
+    """:func:`lines`, and ``more`` of them, under a title, for a terminal."""
+    rows = [*lines(found, objective), *more]
     width = max(len(label) for label, _ in rows) + 2
     text = [f"{label:<{width}}{value:>20}" for label, value in rows]
     rule = "─" * max(map(len, text))
@@ -220,6 +221,25 @@ def worst_rows(worst: Cases | None) -> list[dict[str, float]]:
     return [dict(zip(listed, values, strict=True)) for values in zip(*listed.values(), strict=True)]
 
 
+@runtime_checkable
+class Measurement(Protocol):
+    """A callback that measures something of its own at a test, and has it in the report."""
+
+    name: str
+    """Key of its ``results`` in ``results.json``."""
+    results: dict[str, Any]
+    captions: dict[str, tuple[str, str]]
+    """Heading and caption of each of its pictures, by name."""
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Labels and values for the table."""
+        ...
+
+    def pictures(self) -> dict[str, Figure]:
+        """By name of their file."""
+        ...
+
+
 class Report(Callback):
     """Prints the table and writes ``results.json``, ``pictures/*.png`` and ``report.html`` at the end of a test.
 
@@ -242,24 +262,37 @@ class Report(Callback):
         directory = Path(trainer.default_root_dir)
         budget = self.budget.budget if self.budget is not None else None
         found = results(self.gap.results, budget, self.gap.shifted)
+        measured = [c for c in trainer.callbacks if isinstance(c, Measurement) and c.results]  # type: ignore[attr-defined]
+        found |= {callback.name: _finite(callback.results) for callback in measured}
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "results.json").write_text(json.dumps(found, indent=2) + "\n")
         for logger in trainer.loggers:
             logger.save()
         pictures = {}
-        for name, figure in self._pictures(pl_module, budget, directory).items():
+        figures = self._pictures(pl_module, budget, directory)
+        for callback in measured:
+            figures |= callback.pictures()
+        for name, figure in figures.items():
             path = pictures[name] = directory / "pictures" / f"{name}.png"
             path.parent.mkdir(exist_ok=True)
             figure.savefig(path, dpi=120, bbox_inches="tight")
         html = directory / "report.html"
-        html.write_text(self._page(found, pictures, directory, pl_module), encoding="utf-8")
+        html.write_text(self._page(found, pictures, directory, pl_module, measured), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 log_results(logger, found, list(pictures.values()), self.gap.table.gap, html, trainer.global_step)
                 log_worst(logger, worst_rows(self.gap.worst), self._portraits(pl_module), trainer.global_step)
-        print(f"\n{table(found, self.name, pl_module.objective_name)}\nwritten to {directory}")
+        more = [line for callback in measured for line in callback.lines()]
+        print(f"\n{table(found, self.name, pl_module.objective_name, more)}\nwritten to {directory}")
 
-    def _page(self, found: dict[str, Any], pictures: dict[str, Path], directory: Path, module: AmortizedModule) -> str:
+    def _page(
+        self,
+        found: dict[str, Any],
+        pictures: dict[str, Path],
+        directory: Path,
+        module: AmortizedModule,
+        measured: list[Measurement],
+    ) -> str:
         recipes = sorted(directory.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
         device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "CPU"
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
@@ -267,7 +300,7 @@ class Report(Callback):
             title=self.name,
             subtitle=f"{_title(found, self.name).split(': ')[1].capitalize()}.",
             cards=cards(found, module.objective_name),
-            numbers=lines(found, module.objective_name),
+            numbers=[*lines(found, module.objective_name), *(line for c in measured for line in c.lines())],
             pictures=pictures,
             worst=[
                 {
@@ -279,6 +312,7 @@ class Report(Callback):
             ],
             command=self.command,
             recipe=recipes[-1].read_text() if recipes else "",
+            captions={name: caption for c in measured for name, caption in c.captions.items()},
             footer=f"{time.strftime('%Y-%m-%d %H:%M')} · {device} · Python {platform.python_version()}, {packages}",
         )
 

@@ -3,19 +3,36 @@
 from amortized.problems.classification import Classification, LabelledDigits
 from amortized.problems.images import Images
 from amortized.problems.linear_gaussian import LinearGaussian, LinearGaussianContexts
+from amortized.problems.simulation import (
+    SLCP,
+    ConditionalFlow,
+    GaussianLinear,
+    GaussianLinearPosterior,
+    LotkaVolterra,
+    NeuralPosterior,
+    Simulations,
+    TwoMoons,
+)
 from amortized.problems.sinusoid import Sinusoid, SinusoidContexts
 from amortized.problems.sphere import Sphere, SphereContexts
 from amortized.problems.style import StylePair, StylePairs, StyleTransfer
 from amortized.problems.vae import VAE, GeneratedImages
 
 __all__ = [
+    "SLCP",
     "VAE",
     "Classification",
+    "ConditionalFlow",
+    "GaussianLinear",
+    "GaussianLinearPosterior",
     "GeneratedImages",
     "Images",
     "LabelledDigits",
     "LinearGaussian",
     "LinearGaussianContexts",
+    "LotkaVolterra",
+    "NeuralPosterior",
+    "Simulations",
     "Sinusoid",
     "SinusoidContexts",
     "Sphere",
@@ -23,4 +40,5 @@ __all__ = [
     "StylePair",
     "StylePairs",
     "StyleTransfer",
+    "TwoMoons",
 ]
