@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -341,3 +342,23 @@ def test_fit_test_and_predict_from_the_command_line(capsys):
     torch.testing.assert_close(draws.mean(1), x / 2, rtol=0, atol=0.06)
     truth = GaussianLinear(2).exact(x).log_prob(draws.transpose(0, 1)).T
     assert (density - truth).abs().median() < 0.2
+
+
+def test_the_simulator_of_the_docs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "simulation.md").read_text()
+    Path("spring.py").write_text(re.search(r"```python\n(.*?)```", page, re.S)[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    command = next(line.split()[1:] for line in page.splitlines() if "spring.Spring" in line)
+    small = ["--trainer.max_steps=10", "--trainer.val_check_interval=10", "--data.num_test=64", "--gap.solver.steps=3"]
+    main([*command, *small, "--data.num_val=16", "--budget.enabled=false", "--trainer.enable_progress_bar=false"])
+    found = json.loads(Path("runs/spring/results.json").read_text())
+    assert found["diagnostics"]["c2st"] is None
+    assert set(found["diagnostics"]["ranks"]) == {"frequency", "damping"}
+    assert "posteriors calibrated" in capsys.readouterr().out
+
+
+def test_another_simulator_in_the_data_is_an_error(capsys):
+    Path("small.yaml").write_text(yaml.safe_dump(SMALL))
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "-c", "small.yaml", "--run_folder=run", "--data.simulator=TwoMoons"])
+    assert "the model's is GaussianLinear, 2 parameters and x (2,); the data's is TwoMoons" in capsys.readouterr().err

@@ -17,17 +17,18 @@ probability of at most alpha (Massart 1990): the *band*, here for all parameters
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from amortized.callbacks.pictures import GRID
 from amortized.problems.simulation.contexts import Simulation
 from amortized.problems.simulation.posterior import NeuralPosterior
 from amortized.problems.simulation.simulators import Recorded
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def ranks(theta: Tensor, draws: Tensor, generator: torch.Generator) -> Tensor:
@@ -229,6 +230,8 @@ class PosteriorDiagnostics(Callback):
 
 def _draw_calibration(shares: Tensor, names: list[str], limit: float) -> Figure:
     """How far the distribution of ranks, and the coverage of TARP, are from the diagonal."""
+    from matplotlib.figure import Figure
+
     n = len(shares)
     at = torch.linspace(0, 1, 201)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -247,8 +250,8 @@ def _draw_calibration(shares: Tensor, names: list[str], limit: float) -> Figure:
         xlabel="credibility", ylabel="expected coverage", xlim=(0, 1), ylim=(0, 1), title=f"Coverage, {n} simulations"
     )
     for axes in (left, right):
-        axes.grid(**GRID)
-        axes.legend(frameon=False, fontsize=8)
+        axes.grid(color="#e5e7eb", linewidth=0.6)
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=6)
     far = deviation(shares).max()
     if far > 2 * limit:
         left.set_ylim(-1.1 * far, 1.1 * far)
@@ -257,13 +260,15 @@ def _draw_calibration(shares: Tensor, names: list[str], limit: float) -> Figure:
 
 def _draw_predictive(x: Tensor, low: Tensor, middle: Tensor, high: Tensor) -> Figure:
     """Observations, and the central 90 % of what the simulator makes of draws of their posteriors."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     for i, axes in enumerate(figure.subplots(1, len(x), squeeze=False)[0]):
         at = range(1, x.shape[1] + 1)
         axes.fill_between(at, low[i], high[i], color="#c7d7ea", label="90 % of predictions")
         axes.plot(at, middle[i], color="#1f4e8c", linewidth=1, label="their median")
         axes.plot(at, x[i], "o", color="#e07b39", markersize=4, label="observed")
-        axes.set(xlabel="number of the observation", title=f"context {i}")
+        axes.set(xlabel="number in the observation", title=f"context {i}")
         axes.tick_params(labelsize=7)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure

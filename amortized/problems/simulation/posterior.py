@@ -20,10 +20,9 @@ estimation*; Greenberg et al. (2019), *Automatic posterior transformation*; Cran
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -33,6 +32,9 @@ from amortized.problem import ProblemError, evaluate, num_rows
 from amortized.problems.simulation.contexts import Simulation
 from amortized.problems.simulation.priors import Prior
 from amortized.problems.simulation.simulators import GaussianLinear, Simulator
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Observation(NamedTuple):
@@ -132,6 +134,16 @@ class NeuralPosterior(AmortizedModule):
         self.register_buffer("scale", torch.ones(width))
         self.register_buffer("standardised", torch.tensor(False))
 
+    def setup(self, stage: str) -> None:
+        """Refuse simulations of another simulator."""
+        own = self.simulator
+        other = getattr(getattr(self.trainer, "datamodule", None), "simulator", own)
+        if type(other) is not type(own) or (other.shape, other.prior.dimension) != (own.shape, own.prior.dimension):
+            names = [f"{type(s).__name__}, {s.prior.dimension} parameters and x {tuple(s.shape)}" for s in (own, other)]
+            raise ProblemError(
+                f"model and data have different simulators: the model's is {names[0]}; the data's is {names[1]}"
+            )
+
     def on_train_start(self) -> None:
         """Learn how to standardise, unless a checkpoint said it."""
         if bool(self.standardised):
@@ -176,33 +188,32 @@ class NeuralPosterior(AmortizedModule):
         return {"b": b, "objective": evaluate(self, b, a), "decoded": decoded}
 
     def draw(self, a: Simulation, solutions: dict[str, Tensor]) -> Figure:
-        """The first two parameters: draws of each posterior, of the true one in grey where there are some, and the true theta."""
-        few = 400
-        figure = Figure(figsize=(1.9 * len(a.x) + 0.4, 2 * len(solutions) + 0.6), layout="constrained")
+        """The first two parameters: draws of each posterior, of the true one where there are some, and the true parameters."""
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+
+        names, second = self.simulator.names, min(1, self.posterior.latent - 1)
+        styles: tuple[dict[str, Any], ...] = (
+            {"color": "#9ca3af", "s": 5, "linewidths": 0},
+            {"color": "#1f4e8c", "s": 2, "linewidths": 0, "alpha": 0.6},
+            {"color": "#e07b39", "s": 60, "marker": "*", "zorder": 3},
+        )
+        figure = Figure(figsize=(1.9 * len(a.x) + 0.4, 2 * len(solutions) + 0.9), layout="constrained")
         grid = figure.subplots(len(solutions), len(a.x), squeeze=False)
         generator = torch.Generator().manual_seed(0)
-        for line, (name, b) in zip(grid, solutions.items(), strict=True):
-            noise = torch.randn(few, 1, self.posterior.latent, generator=generator).to(b).expand(-1, len(b), -1)
-            theta = self.simulator.prior(self.posterior.draw(b, noise)[0]).cpu()
-            line[0].set_ylabel(f"{name}\n{self.simulator.names[min(1, theta.shape[2] - 1)]}", fontsize=8)
+        for line, (solution, b) in zip(grid, solutions.items(), strict=True):
+            noise = torch.randn(400, 1, self.posterior.latent, generator=generator).to(b).expand(-1, len(b), -1)
+            theta = self.simulator.prior(self.posterior.draw(b, noise)[0])
+            line[0].set_ylabel(f"{solution}\n{names[second]}", fontsize=8)
             for i, axes in enumerate(line):
-                points = {
-                    "true posterior": a.draws[i].cpu(),
-                    name: theta[:, i],
-                    "true parameters": a.theta[i : i + 1].cpu(),
-                }
-                for (label, part), style in zip(points.items(), STYLES, strict=True):
-                    axes.scatter(part[:, 0], part[:, min(1, part.shape[1] - 1)], label=label, **style)
+                for points, style in zip((a.draws[i], theta[:, i], a.theta[i : i + 1]), styles, strict=True):
+                    axes.scatter(points[:, 0].cpu(), points[:, second].cpu(), **style)
+                axes.set_xlabel(names[0], fontsize=8)
                 axes.tick_params(labelsize=6)
-                axes.set_xlabel(self.simulator.names[0], fontsize=8)
+        marks = [Line2D([], [], color=s["color"], marker=s.get("marker", "o"), linestyle="") for s in styles]
+        labels = ["true posterior", "q", "true parameters"]
+        figure.legend(marks, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         return figure
-
-
-STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#9ca3af", "s": 5, "linewidths": 0},
-    {"color": "#1f4e8c", "s": 2, "linewidths": 0, "alpha": 0.6},
-    {"color": "#e07b39", "s": 60, "marker": "*", "zorder": 3},
-)
 
 
 def draws_of(a: Simulation) -> Tensor:
