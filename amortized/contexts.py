@@ -125,6 +125,10 @@ class ContextDataModule(LightningDataModule):
         """
         return drawn
 
+    def read(self, path: str) -> Context:
+        """The contexts of a file to predict solutions for."""
+        return load_contexts(path, like=self._rows("test", self._set("test"), torch.arange(1), "cpu"))
+
     def augment(self, a: Context, generator: torch.Generator) -> Context:
         """A random change of training contexts from a finite set (crops, binarisation), with ``generator`` alone."""
         return a
@@ -193,8 +197,7 @@ class ContextDataModule(LightningDataModule):
             elif self.predict is None:
                 self._finite[split] = self._set("test")
             else:
-                like = self._rows("test", self._set("test"), torch.arange(1), "cpu")
-                self._finite[split] = load_contexts(self.predict, like=like)
+                self._finite[split] = self.read(self.predict)
             if self._finite[split] is not None and _size(self._finite[split]) == 0:
                 raise ProblemError(f"{type(self).__name__}: the {split} split has no contexts")
         return self._finite[split]

@@ -16,6 +16,8 @@ from amortized.networks import (
     ConvEncoder,
     DeepSet,
     LearnedInitialization,
+    Recurrent,
+    SetMoments,
     SetTransformer,
     Stylization,
 )
@@ -26,10 +28,14 @@ from amortized.problem import (
     value_and_grad,
 )
 from amortized.problems import (
+    SLCP,
     VAE,
     Classification,
     CloudPotential,
     CloudTransport,
+    ConditionalFlow,
+    GaussianLinear,
+    GaussianLinearPosterior,
     GeneratedImages,
     HistogramPotential,
     HistogramTransport,
@@ -38,13 +44,17 @@ from amortized.problems import (
     LabelledDigits,
     LinearGaussian,
     LinearGaussianContexts,
+    LotkaVolterra,
     MixtureClouds,
+    NeuralPosterior,
+    Simulations,
     Sinusoid,
     SinusoidContexts,
     Sphere,
     SphereContexts,
     StylePairs,
     StyleTransfer,
+    TwoMoons,
 )
 from amortized.solvers import LBFGS, GradientDescent, LearnedUpdate
 from amortized.testing import CHECKS, check_problem, equal
@@ -78,6 +88,10 @@ def finite_density(q):
     return finite(q.log_prob(q.mean))
 
 
+def in_support(q):
+    return finite(q.mean) and q.prior.contains(q.sample((5,))).all()
+
+
 def vae(posterior, **kwargs):
     return VAE(MLP(64, posterior.features), MLP(4, 64), posterior, **kwargs)
 
@@ -95,6 +109,14 @@ def conv_vae():
 
 def moves_inside_the_cube(plan):
     return (plan.map > -1e-4).all() and (plan.map < 1 + 1e-4).all() and (plan.cost > -1e-6).all() and finite(plan.f)
+
+
+def simulations(simulator):
+    return lambda **settings: Simulations(simulator(), **settings)
+
+
+def flow_posterior(network, simulator, kind="spline"):
+    return NeuralPosterior(network, ConditionalFlow(simulator.prior.dimension, 4, 2, [16], kind), simulator)
 
 
 BOWLS, SUPPORT = ["centres", "offsets"], ["support_x", "support_y"]
@@ -117,6 +139,10 @@ CASES = {
     "classification": Case(lambda: Classification(MLP(64, 10)), LabelledDigits, on_simplex),
     "transport": Case(lambda: HistogramTransport(HistogramPotential()), ImagePairs, moves_inside_the_cube),
     "transport, clouds": Case(lambda: CloudTransport(CloudPotential(2, 0.01)), MixtureClouds, moves_inside_the_cube),
+    "Gaussian": Case(lambda: GaussianLinearPosterior(MLP(10, 65), FullGaussian(10)), simulations(GaussianLinear), in_support),
+    "two moons": Case(lambda: flow_posterior(MLP(2, 4), TwoMoons()), simulations(TwoMoons), in_support),
+    "SLCP": Case(lambda: flow_posterior(SetMoments(["x"], 2, 4), SLCP(), "affine"), simulations(SLCP), in_support),
+    "lynxes": Case(lambda: flow_posterior(Recurrent(["x"], 2, 4), LotkaVolterra()), simulations(LotkaVolterra), in_support),
     "style": Case(lambda: StyleTransfer(Stylization(channels=(4, 8, 8), blocks=1, embedding=8)), StylePairs, in_unit_cube),
 }  # fmt: skip
 
@@ -236,7 +262,7 @@ def test_the_digits_are_split_once_for_all_seeds():
     assert equal(LabelledDigits(seed=1).contexts("test"), LabelledDigits().contexts("test"))
 
 
-@pytest.mark.parametrize("network", [DeepSet, SetTransformer])
+@pytest.mark.parametrize("network", [DeepSet, SetMoments, SetTransformer])
 def test_sets_have_no_order(network):
     f = network(BOWLS, 4, 3)
     a = SphereContexts(num_val=5).contexts("val")

@@ -10,10 +10,10 @@ import platform
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -163,9 +163,11 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
     return rows
 
 
-def table(found: dict[str, Any], name: str, objective: str, width: int = 80) -> str:
-    """:func:`lines` under a title, for a terminal of so many columns; a label that is too long loses its end."""
-    rows = lines(found, objective)
+def table(
+    found: dict[str, Any], name: str, objective: str, more: Sequence[tuple[str, str]] = (), width: int = 80
+) -> str:
+    """:func:`lines`, and ``more`` of them, under a title, for a terminal of so many columns; a label too long loses its end."""
+    rows = [*lines(found, objective), *more]
     width = min(width, max(len(label) + max(2 + len(value), 20) for label, value in rows))
     text = [f"{_cut(label, width - len(value) - 2):<{width - len(value)}}{value}" for label, value in rows]
     rule = "─" * width
@@ -242,6 +244,25 @@ def worst_rows(worst: Cases | None) -> list[dict[str, float]]:
     return [dict(zip(listed, values, strict=True)) for values in zip(*listed.values(), strict=True)]
 
 
+@runtime_checkable
+class Measurement(Protocol):
+    """A callback that measures something of its own at a test, and has it in the report."""
+
+    name: str
+    """Key of its ``results`` in ``results.json``."""
+    results: dict[str, Any]
+    captions: dict[str, tuple[str, str]]
+    """Heading and caption of each of its pictures, by name."""
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Labels and values for the table."""
+        ...
+
+    def pictures(self) -> dict[str, Callable[[], Figure]]:
+        """How to draw each, by the name of its file."""
+        ...
+
+
 class Report(Callback):
     """Prints the table and writes ``results.json``, ``pictures/*.png`` and ``report.html`` at the end of a test.
 
@@ -265,17 +286,20 @@ class Report(Callback):
         budget = self.budget.budget if self.budget is not None else None
         told = advice(pl_module, self.gap.solver, self.gap.results)
         found = results(self.gap.results, budget, self.gap.shifted, told)
+        measured = [c for c in trainer.callbacks if isinstance(c, Measurement) and c.results]  # type: ignore[attr-defined]
+        found |= {callback.name: _finite(callback.results) for callback in measured}
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "results.json").write_text(json.dumps(found, indent=2) + "\n")
         for logger in trainer.loggers:
             logger.save()
-        pictures = self._save_pictures(pl_module, budget, directory)
+        pictures = self._save_pictures(self._pictures(pl_module, budget, directory, measured), directory)
         html = directory / "report.html"
-        html.write_text(self._page(found, pictures, directory, pl_module), encoding="utf-8")
+        html.write_text(self._page(found, pictures, directory, pl_module, measured), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 attempt(logger, self._log, logger, pl_module, found, list(pictures.values()), html, trainer.global_step)
-        print(f"\n{table(found, self.name, pl_module.objective_name)}\nwritten to {directory}")
+        more = [line for callback in measured for line in callback.lines()]
+        print(f"\n{table(found, self.name, pl_module.objective_name, more)}\nwritten to {directory}")
 
     def _log(
         self,
@@ -290,7 +314,14 @@ class Report(Callback):
         log_results(logger, found, pictures, histogram(gap) if gap.isfinite().any() else None, html, step)
         log_worst(logger, worst_rows(self.gap.worst), self._portraits(module), step)
 
-    def _page(self, found: dict[str, Any], pictures: dict[str, Path], directory: Path, module: AmortizedModule) -> str:
+    def _page(
+        self,
+        found: dict[str, Any],
+        pictures: dict[str, Path],
+        directory: Path,
+        module: AmortizedModule,
+        measured: list[Measurement],
+    ) -> str:
         recipes = sorted(directory.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
         device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "CPU"
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
@@ -298,8 +329,11 @@ class Report(Callback):
             title=self.name,
             subtitle=f"{_title(found, self.name).split(': ')[1].capitalize()}.",
             cards=cards(found, module.objective_name),
-            numbers=lines(found, module.objective_name)
-            + ([("note", found["solver"]["advice"])] if found["solver"]["advice"] else []),
+            numbers=[
+                *lines(found, module.objective_name),
+                *(line for c in measured for line in c.lines()),
+                *([("note", found["solver"]["advice"])] if found["solver"]["advice"] else []),
+            ],
             pictures=pictures,
             worst=[
                 {
@@ -311,13 +345,14 @@ class Report(Callback):
             ],
             command=self.command,
             recipe=recipes[-1].read_text(encoding="utf-8") if recipes else "",
+            captions={name: caption for c in measured for name, caption in c.captions.items()},
             footer=f"{time.strftime('%Y-%m-%d %H:%M')} · {device} · Python {platform.python_version()}, {packages}",
         )
 
-    def _save_pictures(self, module: AmortizedModule, budget: Budget | None, directory: Path) -> dict[str, Path]:
+    def _save_pictures(self, pictures: dict[str, Callable[[], Figure | None]], directory: Path) -> dict[str, Path]:
         """The files of the pictures by name. What fails to draw costs its picture, not the report."""
         saved, lost = {}, {}
-        for name, draw in self._pictures(module, budget, directory).items():
+        for name, draw in pictures.items():
             path = directory / "pictures" / f"{name}.png"
             try:
                 if (figure := draw()) is not None:
@@ -334,7 +369,7 @@ class Report(Callback):
         return saved
 
     def _pictures(
-        self, module: AmortizedModule, budget: Budget | None, directory: Path
+        self, module: AmortizedModule, budget: Budget | None, directory: Path, measured: list[Measurement]
     ) -> dict[str, Callable[[], Figure | None]]:
         objective, gap = module.objective_name, self.gap
         pictures: dict[str, Callable[[], Figure | None]] = {
@@ -348,6 +383,8 @@ class Report(Callback):
             pictures["solutions"] = lambda: _draw(module, *(take(part, first) for part in example))
         if (worst := gap.worst) is not None:
             pictures["worst"] = lambda: _draw(module, *worst[1:])
+        for callback in measured:
+            pictures |= callback.pictures()
         return pictures
 
     def _portraits(self, module: AmortizedModule) -> list[Figure | None]:

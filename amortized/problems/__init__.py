@@ -3,6 +3,16 @@
 from amortized.problems.classification import Classification, LabelledDigits
 from amortized.problems.images import Images
 from amortized.problems.linear_gaussian import LinearGaussian, LinearGaussianContexts
+from amortized.problems.simulation import (
+    SLCP,
+    ConditionalFlow,
+    GaussianLinear,
+    GaussianLinearPosterior,
+    LotkaVolterra,
+    NeuralPosterior,
+    Simulations,
+    TwoMoons,
+)
 from amortized.problems.sinusoid import Sinusoid, SinusoidContexts
 from amortized.problems.sphere import Sphere, SphereContexts
 from amortized.problems.style import StylePair, StylePairs, StyleTransfer
@@ -17,10 +27,14 @@ from amortized.problems.transport import (
 from amortized.problems.vae import VAE, GeneratedImages
 
 __all__ = [
+    "SLCP",
     "VAE",
     "Classification",
     "CloudPotential",
     "CloudTransport",
+    "ConditionalFlow",
+    "GaussianLinear",
+    "GaussianLinearPosterior",
     "GeneratedImages",
     "HistogramPotential",
     "HistogramTransport",
@@ -30,6 +44,9 @@ __all__ = [
     "LinearGaussian",
     "LinearGaussianContexts",
     "MixtureClouds",
+    "LotkaVolterra",
+    "NeuralPosterior",
+    "Simulations",
     "Sinusoid",
     "SinusoidContexts",
     "Sphere",
@@ -37,4 +54,5 @@ __all__ = [
     "StylePair",
     "StylePairs",
     "StyleTransfer",
+    "TwoMoons",
 ]
