@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
+from amortized.checkpoint import MismatchError, mismatch
 from amortized.lean import LeanModule
 from amortized.losses import Loss, ObjectiveLoss
 from amortized.problem import Context, ProblemError, check_objective, draws, evaluate
@@ -86,6 +87,9 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     free_settings: tuple[str, ...] = ("optimizer", "scheduler", "loss", "compile")
     """Settings that say how a model is trained or measured, not what it is: a trained one may be tested with others."""
+
+    free_to_resume: tuple[str, ...] = ("compile",)
+    """Settings that leave training what it is, so that a run may go on with others."""
 
     @abc.abstractmethod
     def objective(self, b: Tensor, a: Context) -> Tensor:
@@ -188,6 +192,18 @@ class AmortizedModule(LeanModule, abc.ABC):
             weights, own = checkpoint["state_dict"], self.state_dict()
             kept = {key: value for key, value in weights.items() if not key.startswith("loss.")}
             checkpoint["state_dict"] = kept | {key: value for key, value in own.items() if key.startswith("loss.")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch.
+
+        Raises:
+            MismatchError: if the weights are those of another network; it names the first that does not fit.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            fault = mismatch(self.state_dict(), dict(state_dict)) or str(error).splitlines()[-1].strip()
+            raise MismatchError(f"the checkpoint is of another network: {fault}") from error
 
     def on_validation_start(self) -> None:
         self._synchronise_buffers(False)

@@ -60,6 +60,7 @@ class VAE(AmortizedModule):
 
     sobol: Tensor
     objective_name = "negative ELBO (nats)"
+    free_to_resume = (*AmortizedModule.free_to_resume, "evidence")
     free_settings = (*AmortizedModule.free_settings, "evidence", "samples", "eval_samples", "freeze_decoder")
 
     def __init__(
