@@ -108,6 +108,9 @@ class ContextDataModule(LightningDataModule):
         self._finite: dict[str, Context | Dataset | None] = {}
         self._order: tuple[int, Tensor] | None = None
 
+    free_to_resume: tuple[str, ...] = ("num_workers", "num_test", "eval_batch_size", "predict", "shifted")
+    """Settings that leave training what it is, so that a run may go on with others."""
+
     # ---- what a subclass writes
 
     def sample(self, n: int, generator: torch.Generator) -> Context:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from torch.distributions.constraints import Constraint
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
+from amortized.checkpoint import MismatchError, mismatch
 from amortized.contexts import ContextDataModule
 from amortized.faults import describe
 from amortized.finite import FiniteUpdates
@@ -105,8 +106,8 @@ class AmortizedModule(LeanModule, abc.ABC):
     free_settings: tuple[str, ...] = ("optimizer", "scheduler", "loss", "compile", "not_finite")
     """Settings that say how a model is trained or measured, not what it is: a trained one may be tested with others."""
 
-    resumable_settings: tuple[str, ...] = ("not_finite",)
-    """Settings that may change where a run resumes."""
+    free_to_resume: tuple[str, ...] = ("compile", "not_finite")
+    """Settings that leave training what it is, so that a run may go on with others."""
 
     @abc.abstractmethod
     def objective(self, b: Tensor, a: Context) -> Tensor:
@@ -262,6 +263,18 @@ class AmortizedModule(LeanModule, abc.ABC):
             weights, own = checkpoint["state_dict"], self.state_dict()
             kept = {key: value for key, value in weights.items() if not key.startswith("loss.")}
             checkpoint["state_dict"] = kept | {key: value for key, value in own.items() if key.startswith("loss.")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch.
+
+        Raises:
+            MismatchError: if the weights are those of another network; it names the first that does not fit.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            fault = mismatch(self.state_dict(), dict(state_dict)) or str(error).splitlines()[-1].strip()
+            raise MismatchError(f"the checkpoint is of another network: {fault}") from error
 
     def on_validation_start(self) -> None:
         self._synchronise_buffers(False)

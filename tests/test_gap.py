@@ -267,6 +267,7 @@ def test_the_usual_pattern_is_wrong_on_the_same_contexts():
     """A padding sampler and metrics averaged over processes, in a real run on 3 processes; and ours, one without rows."""
     args = ["test", "--model=toy.Usual", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     args += ["--budget.enabled=false", "--trainer.callbacks=toy.SaveRows", "--data.eval_batch_size=500"]
+    args += ["--ckpt_path=untrained"]
     three = ["--trainer.devices=3", "--trainer.strategy=ddp_fork"]
     runs = {
         "usual": ["--data=toy.UsualGaussians", "--trainer.use_distributed_sampler=true", *three],

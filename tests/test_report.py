@@ -388,6 +388,7 @@ def test_the_worst_contexts_are_those_of_the_whole_set():
 def test_processes_gather_the_worst_contexts():
     args = ["--model=toy.Quadratic", "--data=toy.FiniteGaussians", "--data.eval_batch_size=300", "--gap.solver=LBFGS"]
     args += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--budget.enabled=false"]
+    args += ["--ckpt_path=untrained"]
     tables = []
     for processes in (1, 2):
         strategy = ["--trainer.strategy=ddp_fork"] if processes > 1 else []

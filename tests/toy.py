@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from lightning import Callback
 from matplotlib.figure import Figure
@@ -27,6 +28,16 @@ class Quadratic(AmortizedModule):
 
     def optimum(self, a):
         return torch.ones(len(a))
+
+
+class Filed(Quadratic):
+    """Writes a file for each prediction."""
+
+    def save(self, decoded, paths):
+        files = [path.with_suffix(".npy") for path in paths]
+        for file, row in zip(files, decoded, strict=True):
+            np.save(file, row.cpu().numpy())
+        return files
 
 
 class Drawn(Quadratic):
@@ -109,6 +120,18 @@ class Precisions(ContextDataModule):
     def sample(self, n, generator):
         half = torch.randn(n, 2, 2, generator=generator, device=generator.device)
         return half @ half.mT + 0.3 * torch.eye(2, device=generator.device)
+
+
+class Spoil(Callback):
+    """Puts NaN into the weights, or the optimizer's state, after this many steps, on the last process alone."""
+
+    def __init__(self, step: int, what: str = "weights"):
+        self.step, self.what = step, what
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            state = trainer.optimizers[0].state_dict()["state"][0]["exp_avg"]
+            (state if self.what == "optimizer" else pl_module.network[0].weight.data).fill_(torch.nan)
 
 
 class SaveRows(Callback):

@@ -60,6 +60,8 @@ class Images(ContextDataModule):
         **kwargs: see :class:`~amortized.ContextDataModule`.
     """
 
+    free_to_resume = (*ContextDataModule.free_to_resume, "root")
+
     def __init__(
         self,
         dataset: Dataset = "digits",

@@ -188,6 +188,8 @@ class StylePairs(ContextDataModule):
         **kwargs: see :class:`~amortized.ContextDataModule`.
     """
 
+    free_to_resume = (*ContextDataModule.free_to_resume, "predict_style", "mix", "strength")
+
     def __init__(
         self,
         content: str | None = None,

@@ -63,6 +63,7 @@ class VAE(AmortizedModule):
     sobol: Tensor
     objective_name = "negative ELBO (nats)"
     free_settings = (*AmortizedModule.free_settings, "evidence", "samples", "eval_samples", "freeze_decoder", "height")
+    free_to_resume = (*AmortizedModule.free_to_resume, "evidence", "height")
 
     def __init__(
         self,
