@@ -28,6 +28,8 @@ class Status(enum.IntEnum):
     """A value or a gradient was not finite, and the solver could not step back; the best finite iterate is returned."""
     RUNNING = 3
     """Not ended: only inside the loop."""
+    INFEASIBLE = 4
+    """Proved to have no solution: constraints that contradict each other, or an objective that falls for ever."""
 
 
 class Solution(NamedTuple):
@@ -55,6 +57,11 @@ class Solution(NamedTuple):
     def idle(self) -> Tensor:
         """Which rows converged without a step: from a cold start, a sign of a tolerance above all there is to find ``(B,)``."""
         return self.converged & (self.iterations == 0)
+
+    @property
+    def infeasible(self) -> Tensor:
+        """Which rows were proved to have no solution ``(B,)``; only solvers with such a proof say so."""
+        return self.status == Status.INFEASIBLE
 
     @property
     def diverged(self) -> Tensor:
