@@ -47,6 +47,7 @@ from amortized.callbacks.predictions import PredictionWriter
 from amortized.callbacks.progress import ProgressBar
 from amortized.contexts import ContextDataModule
 from amortized.help_text import COMMANDS, help_text, top_help
+from amortized.launched import tell_faults
 from amortized.lean import Unprofiled, lean
 from amortized.loggers import MetricsLogger, attempt, finish, log_checkpoint, wandb_logger
 from amortized.module import AmortizedModule
@@ -413,6 +414,8 @@ class AmortizedCLI(LightningCLI):
             kwargs["profiler"] = Unprofiled()
         trainer = super().instantiate_trainer(**kwargs)
         self._check_processes(trainer)
+        if not os.environ.get("AMORTIZED_DEBUG"):
+            tell_faults(trainer, one_line)
         lean(trainer, plain_step=type(self.model).training_step is AmortizedModule.training_step)
         return trainer
 

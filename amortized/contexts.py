@@ -212,13 +212,15 @@ class ContextDataModule(LightningDataModule):
             raise ProblemError(
                 f"{where} gives None, but evaluation needs a finite set; `return super().contexts({split!r})` samples one"
             )
-        if isinstance(found, IterableDataset) or (isinstance(found, Dataset) and not hasattr(found, "__len__")):
-            raise ProblemError(
-                f"{where} gives a {type(found).__name__}, which has no length: write a map-style data set (__len__ and "
-                "__getitem__) of single rows, or sample(n, generator) for contexts without end"
-            )
         if isinstance(found, Dataset):
-            if _size(found):
+            try:
+                empty = len(found) == 0  # type: ignore[arg-type]
+            except Exception as error:
+                raise ProblemError(
+                    f"{where} gives a {type(found).__name__} whose length is not known ({fault(error)}): write a map-style data "
+                    "set (__len__ and __getitem__) of single rows, or sample(n, generator) for contexts without end"
+                ) from error
+            if not empty:
                 self._rows(split, found, torch.arange(1), "cpu")
         elif found is not None:
             check_context(found, where)
@@ -300,7 +302,7 @@ class ContextDataModule(LightningDataModule):
                     f"training stopped after {self.position} batches, which {world} processes with batches_per_step="
                     f"{self.batches_per_step} cannot divide: resume with the number of processes it ran on"
                 )
-            overfit = self.trainer.overfit_batches if self.trainer else 0
+            overfit = self.trainer.overfit_batches if self.trainer else 0  # type: ignore[attr-defined]
             batches = _Batches(self, split, rank, world, None, overfit if isinstance(overfit, int) else 0)
         else:
             # A process with nothing to do gets one batch without rows: it must still meet the others at the end.

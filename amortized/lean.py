@@ -66,9 +66,9 @@ def lean(trainer: Trainer, plain_step: bool) -> None:
         for hook in STEP_HOOKS:
             if getattr(type(callback), hook) is getattr(Callback, hook):
                 setattr(callback, hook, None)  # Lightning calls what is callable
-
-    def arguments(kwargs: OrderedDict, batch: Any, batch_idx: int) -> OrderedDict:
-        return OrderedDict(batch=batch, batch_idx=batch_idx)
-
     if plain_step:
-        trainer.fit_loop.epoch_loop._build_kwargs = arguments  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._build_kwargs = _arguments  # type: ignore[method-assign]
+
+
+def _arguments(kwargs: OrderedDict, batch: Any, batch_idx: int) -> OrderedDict:
+    return OrderedDict(batch=batch, batch_idx=batch_idx)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from amortized import AmortizedModule, ContextDataModule
 from amortized.callbacks import GapMonitor
+from amortized.streams import stream_seed
 
 
 class Quadratic(AmortizedModule):
@@ -38,6 +39,13 @@ class Filed(Quadratic):
         for file, row in zip(files, decoded, strict=True):
             np.save(file, row.cpu().numpy())
         return files
+
+
+class Mixing(Quadratic):
+    """Its objective breaks the contract."""
+
+    def objective(self, b, a):
+        return super().objective(b - b.mean(0), a)
 
 
 class Drawn(Quadratic):
@@ -86,6 +94,15 @@ class FiniteGaussians(ContextDataModule):
 
     def augment(self, a, generator):
         return a + 0.01 * torch.randn(a.shape, generator=generator, device=generator.device)
+
+
+class FailingLate(FiniteGaussians):
+    """A fault in the sixth training batch."""
+
+    def augment(self, a, generator):
+        if generator.initial_seed() == stream_seed(self.seed, "train", 5):
+            raise ValueError("batch 5 is broken\nin two lines")
+        return a
 
 
 class MeanField(AmortizedModule):
