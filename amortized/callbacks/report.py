@@ -154,11 +154,11 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
 
 def table(found: dict[str, Any], name: str, objective: str, width: int = 80) -> str:
     """:func:`lines` under a title, for a terminal of so many columns; a label that is too long loses its end."""
-    rows = lines(found, objective)
-    width = min(width, max(len(label) + max(2 + len(value), 20) for label, value in rows))
+    title, rows = _title(found, name), lines(found, objective)
+    width = min(width, max(len(title), *(len(label) + max(2 + len(value), 20) for label, value in rows)))
     text = [f"{_cut(label, width - len(value) - 2):<{width - len(value)}}{value}" for label, value in rows]
     rule = "─" * width
-    return "\n".join([_title(found, name), rule, *text, rule])
+    return "\n".join([_cut(title, width), rule, *text, rule])
 
 
 def _cut(text: str, width: int) -> str:
