@@ -159,7 +159,7 @@ def recipe_of(text: str) -> dict[str, Any]:
 class AmortizedCLI(LightningCLI):
     """The command line; see the module's docstring."""
 
-    recipe = "run"
+    recipe = ""
     resumed = initial = checkpoint.Newest(None, {}, [])
 
     def __init__(self, args: ArgsType = None) -> None:
@@ -199,7 +199,7 @@ class AmortizedCLI(LightningCLI):
         self._help(given)
         self.config = parser.parse_args(full_options(given))
         settings = self.config[self.config.subcommand]
-        if self.recipe == "run":  # none: named after the problem
+        if not self.recipe:  # named after the problem
             self.recipe = settings["model"]["class_path"].rpartition(".")[2]
         if self.recipe.startswith("config") and settings.get("recipe"):
             self.recipe = settings["recipe"]
@@ -211,13 +211,11 @@ class AmortizedCLI(LightningCLI):
         if not asked:
             return
         command = next((word for word in given if word in COMMANDS), None)
-        topic = next((word for word in given[asked[0] + 1 :] if word not in COMMANDS), None)
-        print(
-            top_help()
-            if command is None
-            else help_text(command, self._parser(command).format_help(), recipes(), topic),
-            end="",
-        )
+        topics = [word for word in given[asked[0] + 1 :][:1] if word != command and not word.startswith("-")]
+        if command is None:
+            print(top_help(), end="")
+        else:
+            print(help_text(command, self._parser(command).format_help(), recipes(), *topics), end="")
         raise SystemExit(0)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

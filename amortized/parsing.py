@@ -70,7 +70,7 @@ def full_names(settings: Any, named: bool = False) -> Any:
 def full_options(words: list[str]) -> list[str]:
     """The same of what was typed: ``--model VAE`` and ``--model=VAE``."""
     options = [word.partition("=")[0] for word in words]
-    named = [re.match(r"--(\w+)", option) is not None and option[2:].split(".")[0] in NAMED for option in options]
+    named = [option.startswith("--") and option[2:].split(".")[0] in NAMED for option in options]
     found = []
     for at, word in enumerate(words):
         option, equals, value = word.partition("=")

@@ -325,7 +325,7 @@ def test_the_table_fits_a_terminal(name):
         for e in ("", "_stderr")
     }
     told = results(gap, found, gap)
-    text = table(told, "circle", name)
+    text = table(told, f"the problem of {name}", name)
     assert max(map(len, text.splitlines())) <= 80
     assert "the solver's is about 0" in text
     values = [value for _, value in lines(told, name)]

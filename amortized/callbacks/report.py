@@ -167,12 +167,12 @@ def table(
     found: dict[str, Any], name: str, objective: str, more: Sequence[tuple[str, str]] = (), width: int = 80
 ) -> str:
     """:func:`lines`, and ``more`` of them, under a title, for a terminal of so many columns; a label too long loses its end."""
-    rows = [*lines(found, objective), *more]
-    width = min(width, max(len(label) + max(2 + len(value), 20) for label, value in rows))
+    title, rows = _title(found, name), [*lines(found, objective), *more]
+    width = min(width, max(len(title), *(len(label) + max(2 + len(value), 20) for label, value in rows)))
     text = [f"{_cut(label, width - len(value) - 2):<{width - len(value)}}{value}" for label, value in rows]
     rule = "─" * width
     note = textwrap.wrap(f"note: {found['solver']['advice']}", width) if found["solver"]["advice"] else []
-    return "\n".join([_title(found, name), rule, *text, rule, *note])
+    return "\n".join([_cut(title, width), rule, *text, rule, *note])
 
 
 def _cut(text: str, width: int) -> str:
