@@ -217,8 +217,8 @@ class ContextDataModule(LightningDataModule):
                 empty = len(found) == 0  # type: ignore[arg-type]
             except Exception as error:
                 raise ProblemError(
-                    f"{where} gives a {type(found).__name__} whose length is not known ({describe(error)}): write a map-style data "
-                    "set (__len__ and __getitem__) of single rows, or sample(n, generator) for contexts without end"
+                    f"{where} gives a {type(found).__name__} whose length is not known ({describe(error)}): write a map-style "
+                    "data set (__len__ and __getitem__) of single rows, or sample(n, generator) for contexts without end"
                 ) from error
             if not empty:
                 self._rows(split, found, torch.arange(1), "cpu")
