@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
+from amortized.context_files import load_contexts
+from amortized.faults import describe
 from amortized.problem import (
     Context,
     ProblemError,
     check_context,
-    fault,
     leaves,
     map_leaves,
     num_rows,
@@ -73,7 +73,8 @@ class ContextDataModule(LightningDataModule):
         seed: of the contexts, 0 to 2^32 - 1. Another seed gives other contexts, in every split.
         batches_per_step: context batches, each with an update of its own, in one training step of the Trainer.
         num_workers: loader processes, which draw on the CPU; 0 draws on the training device.
-        predict: a file (.pt, .npy, .npz) of contexts to predict solutions for; ``None``: the test contexts.
+        predict: a file of contexts to predict solutions for, see :func:`~amortized.context_files.load_contexts`; ``None``:
+            the test contexts.
         shifted: other contexts of the same kind, a data module of its own, whose test contexts a test measures too (and a
             ``validate`` its validation contexts): how the model generalises. With the same seed, and as many, they differ from
             the unshifted ones in their distribution alone. Of its settings those that say what its contexts are count.
@@ -107,6 +108,9 @@ class ContextDataModule(LightningDataModule):
         self._finite: dict[str, Context | Dataset | None] = {}
         self._order: tuple[int, Tensor] | None = None
 
+    free_to_resume: tuple[str, ...] = ("num_workers", "num_test", "eval_batch_size", "predict", "shifted")
+    """Settings that leave training what it is, so that a run may go on with others."""
+
     # ---- what a subclass writes
 
     def sample(self, n: int, generator: torch.Generator) -> Context:
@@ -123,6 +127,10 @@ class ContextDataModule(LightningDataModule):
         Loader workers draw on the CPU alone; what a frozen network makes of a sample belongs here.
         """
         return drawn
+
+    def read(self, path: str) -> Context:
+        """The contexts of a file to predict solutions for."""
+        return load_contexts(path, like=self._rows("test", self._set("test"), torch.arange(1), "cpu"))
 
     def augment(self, a: Context, generator: torch.Generator) -> Context:
         """A random change of training contexts from a finite set (crops, binarisation), with ``generator`` alone."""
@@ -166,7 +174,9 @@ class ContextDataModule(LightningDataModule):
             raise
         except Exception as error:
             shown = ", ".join(repr(x) if isinstance(x, str | int) else "..." for x in given)
-            raise ProblemError(f"{type(self).__name__}.{method}({shown}) fails: {fault(error)}") from error
+            raise ProblemError(
+                f"{type(self).__name__}.{method}({shown}) fails: {describe(error)}; AMORTIZED_DEBUG=1 shows all"
+            ) from error
 
     def num_batches(self, split: str) -> int:
         """How many batches a finite split has for evaluation."""
@@ -190,8 +200,7 @@ class ContextDataModule(LightningDataModule):
             elif self.predict is None:
                 self._finite[split] = self._set("test")
             else:
-                like = self._rows("test", self._set("test"), torch.arange(1), "cpu")
-                self._finite[split] = load_contexts(self.predict, like=like)
+                self._finite[split] = self.read(self.predict)
             if self._finite[split] is not None and _size(self._finite[split]) == 0:
                 raise ProblemError(f"{type(self).__name__}: the {split} split has no contexts")
         return self._finite[split]
@@ -208,8 +217,8 @@ class ContextDataModule(LightningDataModule):
                 empty = len(found) == 0  # type: ignore[arg-type]
             except Exception as error:
                 raise ProblemError(
-                    f"{where} gives a {type(found).__name__} whose length is not known ({fault(error)}): write a map-style data "
-                    "set (__len__ and __getitem__) of single rows, or sample(n, generator) for contexts without end"
+                    f"{where} gives a {type(found).__name__} whose length is not known ({describe(error)}): write a map-style "
+                    "data set (__len__ and __getitem__) of single rows, or sample(n, generator) for contexts without end"
                 ) from error
             if not empty:
                 self._rows(split, found, torch.arange(1), "cpu")
@@ -225,7 +234,7 @@ class ContextDataModule(LightningDataModule):
         try:
             a = default_collate([contexts[i] for i in index.tolist() or [0]])
         except Exception as error:
-            raise ProblemError(f"{kind}, fails: {fault(error)}") from error
+            raise ProblemError(f"{kind}, fails: {describe(error)}; AMORTIZED_DEBUG=1 shows all") from error
         return map_leaves(lambda leaf: leaf[: len(index)].to(device), check_context(a, f"the rows of {kind}"))
 
     def check_sample(self) -> None:
@@ -404,42 +413,3 @@ def _size(contexts: Context | Dataset) -> int:
 
 def _equal(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and bool(torch.isclose(x, y, rtol=0, atol=0, equal_nan=True).all())
-
-
-def load_contexts(path: str | Path, like: Context) -> Context:
-    """Read contexts from a file: ``.pt`` or ``.npy`` for a tensor, ``.pt`` (a dict) or ``.npz`` for a ``NamedTuple``.
-
-    Args:
-        path: the file.
-        like: a context of the expected fields, shapes (but for the leading dimension) and types.
-
-    Raises:
-        ProblemError: if the file is missing, unreadable, or its contexts have another shape.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ProblemError(f"no such file of contexts: {path}")
-    try:
-        saved: Any = torch.load(path, weights_only=True) if path.suffix == ".pt" else np.load(path, allow_pickle=False)
-        if not isinstance(saved, Tensor | np.ndarray):
-            saved = {key: torch.as_tensor(saved[key]) for key in saved}
-    except Exception as error:
-        raise ProblemError(f"{path} is no readable .pt, .npy or .npz file of contexts: {error}") from error
-    expected = leaves(like)
-    if isinstance(saved, dict):
-        names = getattr(like, "_fields", ())
-        if set(saved) != set(names):
-            raise ProblemError(
-                f"{path} has the fields {sorted(saved)}; the contexts have {list(names) or 'none (a tensor)'}"
-            )
-        given = [saved[name] for name in names]
-    else:
-        given = [torch.as_tensor(saved)]
-    shapes = [tuple(leaf.shape[1:]) for leaf in given]
-    if shapes != [tuple(leaf.shape[1:]) for leaf in expected]:
-        raise ProblemError(
-            f"{path} has contexts of shape {', '.join(str(('B', *s)) for s in shapes)}; expected "
-            f"{', '.join(str(('B', *leaf.shape[1:])) for leaf in expected)}"
-        )
-    given = [g.to(e.dtype) for g, e in zip(given, expected, strict=True)]
-    return type(like)(*given) if isinstance(saved, dict) else given[0]

@@ -1,26 +1,45 @@
 r"""The evidence ``log p(a)`` of a latent-variable model, estimated: how far a bound on it can still be improved.
 
 Both estimators are unbiased for ``p(a)`` (annealing but for the adaptation of its steps), so they underestimate ``log p(a)``
-on average, and their bound tightens with more draws. They ask of a model ``posterior``, ``distortion`` and predictions;
-see :class:`~amortized.problems.VAE`.
+on average, and their bound tightens with more draws.
 """
 
 from __future__ import annotations
 
+import abc
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from amortized.posteriors import standard_normal
+from amortized.posteriors import Posterior, standard_normal
 from amortized.problem import Context, num_rows
 
-if TYPE_CHECKING:
-    from amortized.problems.vae import VAE
+
+class LatentVariableModel(Protocol):
+    """``p(a, z) = p(a | z) N(z; 0, I)``, with a family of posteriors and a prediction of its coordinates."""
+
+    posterior: Posterior
+
+    def distortion(self, z: Tensor, a: Context) -> Tensor:
+        """``-log p(a | z)`` in nats, ``(S, B)`` for ``z`` ``(S, B, latent)``."""
+        ...
+
+    def __call__(self, a: Context) -> Tensor:
+        """The predicted coordinates ``b``, ``(B, posterior.features)``."""
+        ...
 
 
-class ImportanceSampling:
+class Evidence(nn.Module, abc.ABC):
+    """An estimate of ``log p(a)``."""
+
+    @abc.abstractmethod
+    def forward(self, model: LatentVariableModel, a: Context, b: Tensor | None = None) -> Tensor:
+        """``log p(a)`` in nats ``(B,)``, with ``q`` at the coordinates ``b``, or at the model's prediction."""
+
+
+class ImportanceSampling(Evidence):
     r"""``log p(a) ~ log 1/N sum_n p(a, z_n) / q(z_n)``, ``z_n ~ q``.
 
     Source: Burda, Grosse & Salakhutdinov (2016), *Importance weighted autoencoders*, section 5.
@@ -32,6 +51,7 @@ class ImportanceSampling:
     """
 
     def __init__(self, draws: int = 5000, chunk: int = 16384, scale: float = 1.0) -> None:
+        super().__init__()
         if draws < 1 or chunk < 1 or scale < 1:
             raise ValueError(
                 f"ImportanceSampling: draws, chunk and scale must be at least 1; got {draws}, {chunk}, {scale}"
@@ -39,8 +59,7 @@ class ImportanceSampling:
         self.draws, self.chunk, self.scale = draws, chunk, scale
 
     @torch.no_grad()
-    def __call__(self, model: VAE, a: Context, b: Tensor | None = None) -> Tensor:
-        """``log p(a)`` in nats ``(B,)``, with ``q`` at the coordinates ``b``, or at the model's prediction."""
+    def forward(self, model: LatentVariableModel, a: Context, b: Tensor | None = None) -> Tensor:
         b = model(a) if b is None else b
         total, left = torch.full((num_rows(b),), -torch.inf, dtype=b.dtype, device=b.device), self.draws
         while left:
@@ -56,7 +75,7 @@ class ImportanceSampling:
         return total - math.log(self.draws)
 
 
-class AnnealedImportanceSampling(nn.Module):
+class AnnealedImportanceSampling(Evidence):
     r"""``log p(a)`` by a path of Hamiltonian Monte Carlo from ``q`` to the true posterior.
 
     Along ``f_t(z) = q(z)^(1 - beta_t) p(a, z)^beta_t``, ``0 = beta_0 < ... < beta_T = 1``, chains of ``z`` start from
@@ -88,8 +107,7 @@ class AnnealedImportanceSampling(nn.Module):
             )
         self.steps, self.leapfrog, self.chains, self.chunk = steps, leapfrog, chains, chunk
 
-    def __call__(self, model: VAE, a: Context, b: Tensor | None = None) -> Tensor:
-        """``log p(a)`` in nats ``(B,)``, with ``q`` at the coordinates ``b``, or at the model's prediction."""
+    def forward(self, model: LatentVariableModel, a: Context, b: Tensor | None = None) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             a = a.clone()
             b = model(a) if b is None else b.clone()
@@ -97,7 +115,7 @@ class AnnealedImportanceSampling(nn.Module):
             parts = [self._run(model, x, y) for x, y in zip(a.split(width), b.split(width), strict=True)]
         return torch.cat(parts) if parts else a.new_empty(0)
 
-    def _run(self, model: VAE, a: Context, b: Tensor) -> Tensor:
+    def _run(self, model: LatentVariableModel, a: Context, b: Tensor) -> Tensor:
         eps = torch.randn(self.chains, num_rows(b), model.posterior.latent, dtype=b.dtype, device=b.device)
         log_w = eps.new_zeros(eps.shape[:2])
         step = torch.full_like(log_w[:1], 0.3)
@@ -109,7 +127,7 @@ class AnnealedImportanceSampling(nn.Module):
                 eps, ratio, grad, step = self._move(model, a, b, beta, eps, ratio, grad, step)
         return log_w.logsumexp(0) - math.log(self.chains)
 
-    def _ratio(self, model: VAE, a: Context, b: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def _ratio(self, model: LatentVariableModel, a: Context, b: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """``log p(a, z) - log q(z)`` at ``z = T(eps; b)`` of each chain, and its gradient in ``eps``."""
         with torch.enable_grad():
             eps = eps.detach().requires_grad_()
@@ -119,8 +137,16 @@ class AnnealedImportanceSampling(nn.Module):
         return ratio.detach(), grad
 
     def _move(
-        self, model: VAE, a: Context, b: Tensor, beta: float, eps: Tensor, ratio: Tensor, grad: Tensor, step: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self,
+        model: LatentVariableModel,
+        a: Context,
+        b: Tensor,
+        beta: float,
+        eps: Tensor,
+        ratio: Tensor,
+        grad: Tensor,
+        step: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """One Hamiltonian transition for the density ``N(eps; 0, I) exp(beta ratio(eps))``."""
         momentum = torch.randn_like(eps)
         h = step[..., None]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -15,11 +16,21 @@ from torch.nn.functional import interpolate
 from amortized.contexts import data_roots
 from amortized.problem import ProblemError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+DEPTHS = (8, 10, 12, 14, 16)
+"""Bits that cameras and scanners have for a pixel."""
+
+
+def suffixes() -> set[str]:
+    """Of the files that Pillow opens, lower case."""
+    Image.init()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def read_image(path: str | Path, short: int | None = None) -> Tensor:
     """An image file as ``(3, H, W)``, uint8: turned as its EXIF says, grey made colour, transparency laid on white.
+
+    Grey values of more than 8 bits are scaled by their range: integers by the least of 8, 10, 12, 14 and 16 bits that holds
+    all of the image (12 bits in a file of 16 are no black image), floats by 1, where they lie in [0, 1], else by their greatest.
 
     Args:
         path: the file.
@@ -31,9 +42,8 @@ def read_image(path: str | Path, short: int | None = None) -> Tensor:
     try:
         with Image.open(path) as opened:
             image: Image.Image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 or 32 bits of grey, which Pillow would cut off at 255
-                grey = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray((grey * (255 / max(65535, grey.max()))).astype(np.uint8))
+            if image.mode[0] in "IF":  # 16 or 32 bits of grey, or floats, which Pillow would cut off at 255
+                image = Image.fromarray(_eight_bits(np.asarray(image)))
             if image.has_transparency_data:
                 layer = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -42,13 +52,24 @@ def read_image(path: str | Path, short: int | None = None) -> Tensor:
         raise ProblemError(f"no such image: {path}") from None
     except UnidentifiedImageError:
         raise ProblemError(f"{path} is no image, or of a format that Pillow does not read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ProblemError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # the readers of some formats do not expect damage, and raise what comes
+        raise ProblemError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
     if short is not None and min(image.size) > short:
         scale = short / min(image.size)
         width, height = (max(1, round(n * scale)) for n in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(grey: np.ndarray) -> np.ndarray:
+    """Grey values as bytes, scaled by their range; those below 0 are lifted to it."""
+    whole, grey = grey.dtype.kind in "iu", grey.astype(np.float64)
+    if not np.isfinite(grey).all():
+        raise ValueError("it has pixels that are not finite")
+    grey = grey - min(grey.min(), 0)
+    scales = [2.0**bits - 1 for bits in DEPTHS] if whole else [1.0]
+    scale = next((scale for scale in scales if grey.max() <= scale), grey.max())
+    return (grey * (255 / scale)).round().astype(np.uint8)
 
 
 def write_image(image: Tensor, path: str | Path) -> None:
@@ -108,7 +129,9 @@ class ImageList:
 
 
 def image_folder(path: str | Path, short: int | None = None) -> ImageList:
-    """The images of a folder (or the one image file), in the order of their names.
+    """The images of a folder (or the one image file), in the order of their names; what else is in it is named in a warning.
+
+    Hidden files are left out without a word.
 
     Raises:
         ProblemError: if there is no such folder, or no image in it.
@@ -116,11 +139,14 @@ def image_folder(path: str | Path, short: int | None = None) -> ImageList:
     place = find_folder(path)
     if place.is_file():
         return ImageList([place], short=short)
-    files = sorted(
-        file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-    )
+    known = suffixes()
+    found = {file: file.suffix.lower() in known and file.is_file() for file in sorted(place.glob("[!.]*"))}
+    files = [file for file, is_image in found.items() if is_image]
+    others = ", ".join(f"{file.name}/" if file.is_dir() else file.name for file in found if not found[file])
     if not files:
-        raise ProblemError(f"there is no image in {place} ({', '.join(SUFFIXES)})")
+        raise ProblemError(f"there is no image in {place}" + (f", but {others}" if others else ""))
+    if others:
+        rank_zero_warn(f"{place}: {len(found) - len(files)} left out, being no images: {others}")
     stems = [file.stem for file in files]
     return ImageList(files, [f.stem if stems.count(f.stem) == 1 else f.name for f in files], short)
 

@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -14,25 +14,28 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from amortized.problem import ProblemError
 
+OneLine: TypeAlias = Callable[[Exception], str | None]
+"""What a person must know of a fault that is theirs to mend; ``None`` for one of ours."""
 
-def tell_faults(trainer: Trainer, faults: tuple[type[Exception], ...]) -> None:
-    """Where the trainer launches processes, raise a fault of any of them here, as a :class:`ProblemError` of its message."""
+
+def tell_faults(trainer: Trainer, one_line: OneLine) -> None:
+    """Where the trainer launches processes, raise a fault of any of them here, as a :class:`ProblemError` of its one line."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _MultiProcessingLauncher):
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it names the processes that it ends
-        launcher.launch = _Launch(launcher, faults)  # type: ignore[method-assign]
+        launcher.launch = _Launch(launcher, one_line)  # type: ignore[method-assign]
 
 
 class _Launch:
     """The launcher's ``launch``, whose processes leave their faults in a folder, by number."""
 
-    def __init__(self, launcher: Any, faults: tuple[type[Exception], ...]) -> None:
-        self.launcher, self.faults = launcher, faults
+    def __init__(self, launcher: Any, one_line: OneLine) -> None:
+        self.launcher, self.one_line = launcher, one_line
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                leaving = _Leaving(function, self.faults, folder)
+                leaving = _Leaving(function, self.one_line, folder)
                 return type(self.launcher).launch(self.launcher, leaving, *args, **kwargs)
             except (ProcessExitedException, ProcessRaisedException):
                 # One that only lost its peer has left none, and may still be the first that is noticed.
@@ -45,13 +48,16 @@ class _Launch:
 class _Leaving:
     """A function of a launched process; its fault goes into ``folder``, and the process ends with status 2."""
 
-    def __init__(self, function: Callable[..., Any], faults: tuple[type[Exception], ...], folder: str) -> None:
-        self.function, self.faults, self.folder = function, faults, folder
+    def __init__(self, function: Callable[..., Any], one_line: OneLine, folder: str) -> None:
+        self.function, self.one_line, self.folder = function, one_line, folder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self.function(*args, **kwargs)
-        except self.faults as error:
+        except Exception as error:
+            told = self.one_line(error)
+            if told is None:
+                raise
             _, path = tempfile.mkstemp(dir=self.folder)
-            Path(path).write_text(str(error))
+            Path(path).write_text(told)
             raise SystemExit(2) from None

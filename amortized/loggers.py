@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import math
 import os
 import re
 import secrets
+import sys
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
 
 from amortized.checkpoint import digest_path
+
+SECONDS_TO_REACH = 15.0
+"""How long a run waits for W&B's server before it logs offline."""
 
 
 class MetricsLogger(Logger):
     """``metrics.csv`` in the run's folder: a line for each logged step, its columns sorted by name.
 
-    Lightning's CSVLogger deletes the file of an earlier run; this one continues it.
+    Lightning's CSVLogger deletes the file of an earlier run; this one continues it. Lines are appended; the file is written
+    anew only when a column is new, or a value comes late, for a step before the last.
 
     Args:
         folder: of the run.
@@ -37,7 +45,12 @@ class MetricsLogger(Logger):
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self.flush_every = flush_every
-        self._lines: dict[int, dict[str, Any]] | None = None
+        self._columns: list[str] = []
+        self._lines: dict[int, dict[str, Any]] = {}
+        """From byte ``_start`` of the file on: its last line, for more may come of that step; and those not yet written."""
+        self._start = 0
+        self._first: float = math.inf
+        """The step of the line at ``_start``; nothing is known of the file before the first writing."""
         self._unsaved = 0
         if drop_from is not None and self.path.is_file():
             self._drop(drop_from)
@@ -64,9 +77,7 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if self._lines is None:
-            self._lines = self._read()
-        step = len(self._lines) if step is None else step
+        step = max(self._lines, default=-1) + 1 if step is None else step
         self._lines.setdefault(step, {"step": step}).update({k: v for k, v in metrics.items() if k != "epoch"})
         self._unsaved += 1
         if self._unsaved >= self.flush_every:
@@ -74,43 +85,112 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        if not self._unsaved or self._lines is None:
+        if not self._unsaved:
             return
-        names = sorted({name for line in self._lines.values() for name in line} - {"step"})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(f".metrics.csv.{os.getpid()}.unfinished")
-        with unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["step", *names])
-            writer.writeheader()
-            writer.writerows(self._lines[step] for step in sorted(self._lines))
-        unfinished.replace(self.path)
-        self._unsaved = 0
+        names = {name for line in self._lines.values() for name in line}
+        if min(self._lines) < self._first or not names <= set(self._columns):
+            lines = self._read()
+            for step, line in self._lines.items():
+                lines.setdefault(step, {}).update(line)
+            self._rewrite(lines)
+            return
+        rows = self._rows(self._lines)
+        with self.path.open("r+b") as file:
+            file.seek(self._start)
+            file.write(b"".join(rows))
+            file.truncate()
+        self._saved(self._lines, self._start, rows)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
 
+    def _rewrite(self, lines: dict[int, dict[str, Any]]) -> None:
+        """Put these lines in place of the file, whole or not at all."""
+        self._columns = ["step", *sorted({name for line in lines.values() for name in line} - {"step"})]
+        header = self._rows({-1: {name: name for name in self._columns}})
+        rows = self._rows(lines)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_name(f".metrics.csv.{os.getpid()}.unfinished")
+        unfinished.write_bytes(b"".join(header + rows))
+        unfinished.replace(self.path)
+        self._saved(lines, len(header[0]), rows)
+
+    def _rows(self, lines: dict[int, dict[str, Any]]) -> list[bytes]:
+        def row(line: dict[str, Any]) -> bytes:
+            text = io.StringIO()
+            csv.DictWriter(text, self._columns).writerow(line)
+            return text.getvalue().encode()
+
+        return [row(lines[step]) for step in sorted(lines)]
+
+    def _saved(self, lines: dict[int, dict[str, Any]], start: int, rows: list[bytes]) -> None:
+        self._unsaved, self._first = 0, max(lines, default=-1)
+        self._lines = {step: line for step, line in lines.items() if step == self._first}
+        self._start = start + sum(map(len, rows[:-1]))
+
     def _read(self) -> dict[int, dict[str, Any]]:
+        """The lines of the file by step, but for one that a killed process did not end."""
         if not self.path.is_file():
             return {}
-        with self.path.open(newline="") as file:
-            return {int(line["step"]): {k: v for k, v in line.items() if v != ""} for line in csv.DictReader(file)}
+        whole = self.path.read_bytes().rpartition(b"\n")[0].decode()
+        lines = csv.DictReader(io.StringIO(whole, newline=""))
+        return {int(line["step"]): {k: v for k, v in line.items() if v != ""} for line in lines}
 
     @rank_zero_only
     def _drop(self, step: int) -> None:
-        lines = self._read()
-        self._lines = {at: line for at, line in lines.items() if at < step}
-        self._unsaved = 1
-        self.save()
-        self._lines = None
+        self._rewrite({at: line for at, line in self._read().items() if at < step})
 
 
 class LaunchedWandbLogger(WandbLogger):
-    """Ends the W&B run also in a process that the Trainer forked: that exits without writing what is still in memory."""
+    """A W&B run that never stops the training.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    Where the server is not reached, the run is an offline one, which ``wandb sync`` uploads later; where W&B fails later
+    on, it is told once and training goes on without it. The run also ends in a process that the Trainer forked: that
+    exits without writing what is still in memory.
+
+    Args:
+        settings: for ``wandb.init``.
+
+    Raises:
+        MisconfigurationException: where W&B refuses the settings (no account).
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._settings = settings
         self._process = os.getpid()
+        self.failed = False
+        """Whether W&B has failed, so that nothing more is logged there."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        import wandb
+
+        if self._experiment is not None:
+            return self._experiment
+        try:
+            return super().experiment
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise MisconfigurationException(f"W&B: {_line(error)} Or log with --wandb offline") from error
+        except Exception as error:
+            if self._settings["mode"] == "offline":
+                _tell_failure(self, error)
+                self._experiment = wandb.init(mode="disabled")
+            else:
+                folder = self._settings["save_dir"]
+                _warn(
+                    f"W&B is not reached ({_line(error)}): logged offline; later, wandb sync {folder}/wandb/offline-*"
+                )
+                name = f"{self._settings['id']}-offline"  # its service holds the first one
+                offline = LaunchedWandbLogger(**self._settings | {"mode": "offline", "id": name})
+                self._experiment, self.failed = offline.experiment, offline.failed
+            return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        attempt(self, super().log_metrics, metrics, step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -119,26 +199,62 @@ class LaunchedWandbLogger(WandbLogger):
             finish(self, exit_code=int(status != "success"))
 
 
-def wandb_logger(folder: Path, mode: str, recipe: str, config: dict[str, Any]) -> WandbLogger:
+def attempt(logger: WandbLogger, log: Callable[..., Any], *args: Any) -> None:
+    """Call a function that logs to W&B; where it fails, say so once, and log there no more."""
+    if getattr(logger, "failed", False):
+        return
+    try:
+        log(*args)
+    except MisconfigurationException:
+        raise
+    except Exception as error:
+        _tell_failure(logger, error)
+
+
+def _tell_failure(logger: WandbLogger, error: Exception) -> None:
+    logger.failed = True  # type: ignore[attr-defined]
+    _warn(f"W&B failed ({type(error).__name__}: {_line(error)}): the run goes on without it")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def wandb_logger(
+    folder: Path, mode: str, recipe: str, config: dict[str, Any], project: str | None = None, entity: str | None = None
+) -> LaunchedWandbLogger:
     """A logger for one W&B run. What resumes in the same folder continues that run: the folder holds its id.
+
+    An argument wins over W&B's environment variable (``WANDB_PROJECT``, ``WANDB_ENTITY``, ``WANDB_NAME``,
+    ``WANDB_RUN_GROUP``, ``WANDB_TAGS``, ``WANDB_RUN_ID``), that over our default.
 
     Args:
         folder: of the run; W&B's own files go there.
         mode: ``"offline"`` needs no account; ``"online"`` does, unless the environment says otherwise (``WANDB_MODE``).
         recipe: its name, the group of the run.
         config: every setting of the run.
+        project: by default ``amortized``.
+        entity: account or team; by default the one that is logged in.
     """
+    import wandb
+
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{recipe}-{folder.resolve().name}"
+    given, name = os.environ.get, f"{recipe}-{folder.resolve().name}"
     return LaunchedWandbLogger(
-        project="amortized",
-        name=name,
-        id=wandb_id(folder) or f"{name}-{secrets.token_hex(4)}",
-        group=recipe,
+        project=project or given("WANDB_PROJECT") or "amortized",
+        entity=entity or given("WANDB_ENTITY") or None,
+        name=given("WANDB_NAME") or name,
+        id=wandb_id(folder) or given("WANDB_RUN_ID") or f"{name}-{secrets.token_hex(4)}",
+        group=given("WANDB_RUN_GROUP") or recipe,
         save_dir=str(folder),
         mode="offline" if mode == "offline" else None,  # Lightning's `offline` would change the environment
         config=config,
         resume="allow",
+        settings=wandb.Settings(init_timeout=float(given("WANDB_INIT_TIMEOUT") or SECONDS_TO_REACH)),
     )
 
 
@@ -153,7 +269,7 @@ def log_results(
     logger: WandbLogger,
     found: dict[str, dict[str, Any]],
     pictures: list[Path],
-    gap: Tensor,
+    histogram: tuple[np.ndarray, np.ndarray] | None,
     report: Path,
     step: int,
 ) -> None:
@@ -163,9 +279,8 @@ def log_results(
     for path in pictures:
         logger.log_image(f"pictures/{path.stem}", [str(path)], step=step)
     media: dict[str, Any] = {"report": wandb.Html(str(report), inject=False)}
-    finite = gap[gap.isfinite()].cpu().numpy()
-    if len(finite):
-        media["test/gap/histogram"] = wandb.Histogram(np_histogram=np.histogram(finite, bins=40))
+    if histogram is not None:
+        media["test/gap/histogram"] = wandb.Histogram(np_histogram=histogram)
     logger.log_metrics(media, step)
     logger.experiment.summary.update({f"{group}.{k}": v for group, values in found.items() for k, v in values.items()})
 
@@ -205,6 +320,11 @@ def log_checkpoint(logger: WandbLogger, path: Path) -> None:
 
 def finish(logger: WandbLogger, exit_code: int) -> None:
     """End the W&B run, if it began, so that the next run of this process does not go on in it."""
-    if logger._experiment is not None:
-        logger._experiment.finish(exit_code=exit_code)
-        logger._experiment = None
+    run, logger._experiment = logger._experiment, None
+    if run is not None:
+        attempt(logger, run.finish, exit_code)
+    if getattr(logger, "failed", False):
+        import wandb
+
+        with contextlib.suppress(Exception):
+            wandb.teardown()  # which would fail at the interpreter's end, with a traceback

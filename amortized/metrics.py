@@ -30,6 +30,8 @@ class GapRows(NamedTuple):
     """``L`` of the best solution there is, ``min_b L(b; a)``, as far as known: see :func:`decomposition`."""
     optimum: Tensor | None = None
     """``L*``, the true minimum, where the problem declares it."""
+    rounding: Tensor | None = None
+    """What the gap can be off by, of the precision in which the two values were evaluated."""
 
     @property
     def gap(self) -> Tensor:
@@ -47,13 +49,16 @@ class AmortizationGap(Metric):
     * ``noise``: of that mean, the standard error that comes of evaluating a random objective on finitely many draws (rows
       must draw independently of each other), whatever solutions the search found. 0 where the objective is not random.
       ``stderr`` contains it;
-    * ``relative``: ``sum(gap) / sum(|reference|)``;
+    * ``relative``: ``sum(gap) / sum(|reference|)``; NaN where the reference is about zero, a millionth of the gap or less;
+    * ``rounding``: the mean of what gaps can be off by, of the precision in which the objectives were evaluated;
     * ``network`` and ``reference``: the mean objectives;
 
     and, as fractions of all rows,
 
     * ``converged``: the reference solver met its tolerance;
     * ``diverged``: no finite gap (the prediction, or every solver run, was NaN or infinite);
+    * ``unbounded``: the solver ended, without convergence, at minus infinity or below -1e12 times the prediction's value (or 1):
+      the objective has no minimum there, or it is far from anything of use;
     * ``lost``: the cold-started solver alone ended above the network (by more than rounding, 1e-6 relative).
 
     and ``total``, the number of rows. A negative gap is reported as it is. Where the rows know the true minimum, the terms of
@@ -98,6 +103,7 @@ def gap_statistics(rows: GapRows) -> dict[str, Tensor]:
     n = max(len(gap), 1)
     nan = gap.new_full((), torch.nan)
     total = max(len(rows.gap), 1)
+    low = rows.reference < -1e12 * rows.network.abs().clamp(min=1)
     return {
         "mean": gap.sum() / n if len(gap) else nan,
         "median": gap.quantile(0.5) if len(gap) else nan,
@@ -106,15 +112,21 @@ def gap_statistics(rows: GapRows) -> dict[str, Tensor]:
         "noise": ((gap - rows.again[finite]).square().sum() / 2).sqrt() / n
         if rows.again is not None and len(gap)
         else nan,
-        "relative": gap.sum() / rows.reference[finite].abs().sum() if len(gap) else nan,
+        "relative": _relative(gap.sum(), rows.reference[finite].abs().sum()) if len(gap) else nan,
+        "rounding": rows.rounding[finite].mean() if rows.rounding is not None and len(gap) else nan,
         "network": rows.network[finite].mean(),
         "reference": rows.reference[finite].mean(),
         "converged": (rows.converged > 0).sum() / total,
         "diverged": (~finite).sum() / total,
+        "unbounded": (low & ~(rows.converged > 0)).sum() / total,
         "lost": (~(rows.cold - rows.network <= 1e-6 * rows.network.abs()) & torch.isfinite(rows.network)).sum() / total,
         "total": gap.new_tensor(len(rows.gap)),
         **{f"decomposition/{name}": value for name, value in decomposition(rows).items()},
     }
+
+
+def _relative(gap: Tensor, reference: Tensor) -> Tensor:
+    return gap / reference if reference > 1e-6 * gap.abs() else gap.new_full((), torch.nan)
 
 
 def decomposition(rows: GapRows) -> dict[str, Tensor]:

@@ -12,25 +12,35 @@ so that one forward pass solves a problem. To state a new problem, subclass :cla
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
+from amortized.checkpoint import MismatchError, mismatch
+from amortized.contexts import ContextDataModule
+from amortized.faults import describe
+from amortized.finite import FiniteUpdates
 from amortized.lean import LeanModule
 from amortized.losses import Loss, ObjectiveLoss
-from amortized.problem import Context, ProblemError, check_objective, draws, evaluate
+from amortized.problem import Context, ProblemError, check_objective, draws, evaluate, num_rows, rows_where, take
 from amortized.solvers.base import Solver
 from amortized.streams import stream_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+SKIPPED = "amortized_skipped"
+"""Key under which a checkpoint holds how many rows and updates training left out."""
 
 
 class AmortizedModule(LeanModule, abc.ABC):
@@ -46,10 +56,15 @@ class AmortizedModule(LeanModule, abc.ABC):
         optimizer: makes the optimizer from the module's parameters.
         scheduler: makes the learning-rate scheduler from the optimizer; it steps with every training step.
         compile: compile the training signal with ``torch.compile``, once for each shape of batches: a minute, which long
-            training on a GPU pays back. The draws of a random objective are then other ones.
+            training on a GPU pays back. The draws of a random objective are then other ones. What cannot be compiled is
+            trained as it is, with a warning.
+        not_finite: what training does about a row, or a gradient, that is NaN or infinite: ``stop`` ends the run before that
+            update, naming batch and row; ``skip`` leaves the row, or the update, out and counts it
+            (``train/skipped_rows``, ``train/skipped_updates``): see :mod:`amortized.finite`.
 
     Raises:
-        ProblemError: on the first training batch, if the objective or the network breaks the contract.
+        ProblemError: on the first training batch, if the objective or the network breaks the contract; at any later one whose
+            loss or gradient is not finite.
 
     Example:
         >>> class Projection(AmortizedModule):
@@ -69,6 +84,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
         compile: bool = False,
+        not_finite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         self.network = network
@@ -77,7 +93,9 @@ class AmortizedModule(LeanModule, abc.ABC):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.compiled = compile
-        self._objective_mean, self._shifted_mean = MeanMetric(), MeanMetric()
+        self.finite_updates = FiniteUpdates(not_finite)
+        self._objective_mean, self._shifted_mean = (MeanMetric(nan_strategy="disable") for _ in range(2))
+        self._bad_rows = MeanMetric()
         self._checked = False
 
     # ---- the problem
@@ -85,12 +103,22 @@ class AmortizedModule(LeanModule, abc.ABC):
     objective_name = "objective"
     """What the objective is called, with its unit, in tables and pictures."""
 
-    free_settings: tuple[str, ...] = ("optimizer", "scheduler", "loss", "compile")
+    free_settings: tuple[str, ...] = ("optimizer", "scheduler", "loss", "compile", "not_finite")
     """Settings that say how a model is trained or measured, not what it is: a trained one may be tested with others."""
+
+    free_to_resume: tuple[str, ...] = ("compile", "not_finite")
+    """Settings that leave training what it is, so that a run may go on with others."""
 
     @abc.abstractmethod
     def objective(self, b: Tensor, a: Context) -> Tensor:
         """``L(b; a)``, shape ``(B,)``; row i depends on row i of ``b`` and ``a`` alone. All that a problem must write."""
+
+    def support(self) -> Any:
+        """Where contexts must lie: a constraint of ``torch.distributions``, or a dict of them by field; ``None``: anywhere.
+
+        Checked on the first batch of training and on all that is evaluated or predicted; NaN is no matter of the support.
+        """
+        return None
 
     def initial(self, a: Context) -> Tensor:
         """Where a solver starts cold, ``(B, *)``; zeros unless the problem knows better."""
@@ -135,7 +163,8 @@ class AmortizedModule(LeanModule, abc.ABC):
     # ---- Lightning
 
     @functools.cached_property
-    def _signal(self) -> Callable[[Context], Tensor]:
+    def signal(self) -> Callable[[Context], Tensor]:
+        """:meth:`amortized_step`, compiled where that is asked for."""
         return torch.compile(self.amortized_step, dynamic=False) if self.compiled else self.amortized_step
 
     def configure_optimizers(self) -> Any:
@@ -155,40 +184,97 @@ class AmortizedModule(LeanModule, abc.ABC):
         if earlier:
             optimizer = self.optimizers(use_pl_optimizer=False)
             assert isinstance(optimizer, torch.optim.Optimizer)
-            for contexts in earlier:
-                self._update(contexts, optimizer)
-        loss = self._signal(a).mean()
+            for k, contexts in enumerate(earlier):
+                self._update(contexts, optimizer, self._number(batch_idx, k, len(earlier) + 1))
+        loss = self.finite_updates.mean(self, a, self._number(batch_idx, len(earlier), len(earlier) + 1))
         if self.trainer._logger_connector.should_update_logs:  # logging costs more than a small network's step
+            self.finite_updates.look(self)
             self.log("train/loss", loss.detach(), sync_dist=True)
+            if self.finite_updates.action == "skip":
+                self.log("train/skipped_rows", float(self.finite_updates.rows), sync_dist=True, reduce_fx="sum")
+                self.log("train/skipped_updates", float(self.finite_updates.updates))
         return loss
 
-    def _update(self, a: Context, optimizer: torch.optim.Optimizer) -> None:
-        loss = self._signal(a).mean()
+    def _number(self, batch_idx: int, k: int, together: int) -> int:
+        """Which batch of the training stream is the k-th of those ``together`` in this step."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ContextDataModule):
+            return data.position - (self.trainer.world_size - self.trainer.global_rank) * together + k
+        return batch_idx * together + k
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Lets no update through that is not finite; an override calls this too."""
+        self.finite_updates.before_update(self, optimizer)
+
+    def _update(self, a: Context, optimizer: torch.optim.Optimizer, number: int) -> None:
+        loss = self.finite_updates.mean(self, a, number)
         optimizer.zero_grad()  # first: the gradients of the last step are still there
         loss.backward()
+        self.finite_updates.before_update(self, optimizer)
         if self.trainer.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm)
         optimizer.step()
 
     def validation_step(self, a: Context, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The prediction, for callbacks to measure; its mean objective is logged, that of shifted contexts (1) apart."""
+        """The prediction, for callbacks to measure; its mean objective is logged, that of shifted contexts (1) apart.
+
+        A row that is not finite counts: the mean is then not finite either, so that no checkpoint, early stop or sweep takes a
+        model that fails on hard rows for a good one. ``val/not_finite`` is the fraction of such rows, where there are any.
+        """
+        self._check_support(a)
         b = self(a)
-        (self._shifted_mean if dataloader_idx else self._objective_mean).update(evaluate(self, b, a))
+        value = evaluate(self, b, a)
+        (self._shifted_mean if dataloader_idx else self._objective_mean).update(value)
+        if not dataloader_idx:
+            self._bad_rows.update(~value.isfinite())
         return b
 
     test_step = validation_step
 
     def predict_step(self, a: Context, batch_idx: int) -> dict[str, Any]:
-        """The prediction, its objective and the decoded solution."""
-        b = self(a)
-        return {"b": b, "objective": evaluate(self, b, a), "decoded": self.decode(b, a)}
+        """The predictions and their objectives, which rows of them are ``finite``, and the decoded solutions of those.
+
+        A context with a NaN is not shown to the model: its prediction is NaN, those of the other rows are as without it.
+        """
+        self._check_support(a)
+        given = rows_where(lambda leaf: ~leaf.isnan(), a)
+        known = take(a, given)
+        b = self(known)
+        objective = evaluate(self, b, known)
+        b, objective = _filled(b, given), _filled(objective, given)
+        finite = rows_where(torch.isfinite, b) & objective.isfinite()
+        decoded = self.decode(take(b, finite), take(a, finite))
+        return {"b": b, "objective": objective, "finite": finite, "decoded": decoded}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Nothing is saved before what has not been looked at yet is known to be finite; what was skipped goes with it."""
+        updates = self.finite_updates
+        updates.look(self)
+        rows = updates.rows
+        if updates.action == "skip" and self.trainer.world_size > 1:
+            rows = int(self.trainer.strategy.reduce(torch.tensor(rows, device=self.device), reduce_op="sum"))
+        checkpoint[SKIPPED] = [rows, updates.updates]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the loss has learned matters to training alone: a test may have another loss."""
+        rows, self.finite_updates.updates = checkpoint.get(SKIPPED, (0, 0))
+        self.finite_updates.rows = rows if self._trainer is None or self.trainer.is_global_zero else 0
         if self._trainer is None or self._trainer.state.fn != "fit":
             weights, own = checkpoint["state_dict"], self.state_dict()
             kept = {key: value for key, value in weights.items() if not key.startswith("loss.")}
             checkpoint["state_dict"] = kept | {key: value for key, value in own.items() if key.startswith("loss.")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch.
+
+        Raises:
+            MismatchError: if the weights are those of another network; it names the first that does not fit.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            fault = mismatch(self.state_dict(), dict(state_dict)) or str(error).splitlines()[-1].strip()
+            raise MismatchError(f"the checkpoint is of another network: {fault}") from error
 
     def on_validation_start(self) -> None:
         self._synchronise_buffers(False)
@@ -213,10 +299,34 @@ class AmortizedModule(LeanModule, abc.ABC):
     def _log_objective(self, split: str) -> None:
         if not self.trainer.sanity_checking:
             self.log(f"{split}/objective", self._objective_mean.compute(), prog_bar=True)
+            bad = self._bad_rows.compute()  # of all processes
+            if bad > 0:
+                self.log(f"{split}/not_finite", bad)
+                rank_zero_warn(
+                    f"{split}/objective is not finite: it is NaN or infinite in {float(bad):.2%} of the rows"
+                )
             if self._shifted_mean.update_called:  # on every process, if on one
                 self.log(f"{split}/shifted/objective", self._shifted_mean.compute())
-        self._objective_mean.reset()
-        self._shifted_mean.reset()
+        for metric in (self._objective_mean, self._shifted_mean, self._bad_rows):
+            metric.reset()
+
+    def _check_support(self, a: Context) -> None:
+        support = self.support()
+        if support is None or not num_rows(a):
+            return
+        for field, constraint in support.items() if isinstance(support, dict) else [(None, support)]:
+            x = a if field is None else getattr(a, field)
+            eps = 1e-6  # what arithmetic on the data may have added
+            outside = ~(constraint.check(x) | constraint.check(x + eps) | constraint.check(x - eps))
+            outside = outside & ~(x if outside.ndim == x.ndim else x.flatten(outside.ndim).sum(-1)).isnan()
+            if outside.any():
+                row = int(outside.nonzero()[0][0])
+                known = x[~x.isnan()]
+                what = "contexts" if field is None else f"contexts' {field}"
+                raise ProblemError(
+                    f"{type(self).__name__} allows {what} in {_domain(constraint)}; got values from {float(known.min()):g} to "
+                    f"{float(known.max()):g} (row {row} of a batch): scale the data, or choose a likelihood that has them"
+                )
 
     def check(self, a: Context, updates: int = 1) -> None:
         """Check the network and the objective against their contracts on one batch; see :func:`check_objective`.
@@ -231,34 +341,74 @@ class AmortizedModule(LeanModule, abc.ABC):
             )
         if updates > 1 and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise ProblemError("batches_per_step > 1 does not scale losses for float16: use precision bf16-mixed or 32")
+        self._check_support(a)
         training = self.training
         self.eval()  # and with the random numbers put back: the check leaves no trace in the run
         with draws(stream_seed(0, "check", 0), self.device), torch.no_grad():
             self._check_network(a)
         self.train(training)
+        if self.compiled:
+            self._try_compiled(a)
         self._checked = True
 
-    def _check_network(self, a: Context) -> None:
-        seen = self.observe(a)
+    def _try_compiled(self, a: Context) -> None:
+        """Compile now, backward pass included, leaving no trace; what cannot be compiled is trained as it is."""
+        parameters, before = list(self.parameters()), [b.clone() for b in self.buffers()]
+        gradients = [p.grad for p in parameters]
         try:
+            with draws(0, self.device):  # backward, as autograd.grad drops second derivatives without a word
+                self.signal(a).mean().backward()
+        except Exception as error:
+            first = next((line for line in str(error).splitlines() if line.strip()), "")
+            rank_zero_warn(f"compile: true is left out, as this cannot be compiled: {type(error).__name__}: {first}")
+            self.signal = self.amortized_step
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        with torch.no_grad():
+            for buffer, value in zip(self.buffers(), before, strict=True):
+                buffer.copy_(value)
+
+    def _check_network(self, a: Context) -> None:
+        name = type(self).__name__
+        with _told(f"{name}.observe fails on contexts of shape {_shapes(a)}"):
+            seen = self.observe(a)
+        with _told(f"network {type(self.network).__name__} fails on contexts of shape {_shapes(seen)}"):
             b = self.network(seen)
-        except (RuntimeError, AttributeError) as error:
-            raise ProblemError(
-                f"network {type(self.network).__name__} fails on contexts of shape {_shapes(seen)}: {str(error).splitlines()[0]}"
-            ) from error
-        start = self.initial(a)
+        with _told(f"{name}.initial fails on contexts of shape {_shapes(a)}"):
+            start = self.initial(a)
         if start.shape != b.shape:
             raise ProblemError(
                 f"the network must predict solutions like initial(a), of shape {tuple(start.shape)}; it gives {tuple(b.shape)} "
                 f"for contexts of shape {_shapes(seen)}: change the network's output features"
             )
-        try:
+        with _told(f"{name}.objective fails on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}"):
             check_objective(self, b, a)
-        except (RuntimeError, AttributeError) as error:
-            raise ProblemError(
-                f"{type(self).__name__}.objective fails on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Inside, whatever goes wrong in a user's code is one line, with its place."""
+    try:
+        yield
+    except ProblemError:
+        raise
+    except Exception as error:
+        raise ProblemError(f"{what}: {describe(error)}; AMORTIZED_DEBUG=1 shows all") from error
+
+
+def _domain(constraint: Constraint) -> str:
+    """A constraint in words: ``[0, 1]``, or its name."""
+    low, high = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
+    return f"[{low:g}, {high:g}]" if low is not None and high is not None else str(constraint).removesuffix("()")
+
+
+def _filled(rows: Tensor, given: Tensor) -> Tensor:
+    """The ``given`` rows, in their places, and NaN in the others."""
+    if given.all():
+        return rows
+    filled = rows.new_full((len(given), *rows.shape[1:]), torch.nan)
+    filled[given] = rows
+    return filled
 
 
 def _shapes(a: Context) -> Any:

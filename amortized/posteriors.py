@@ -158,7 +158,7 @@ def _transforms() -> Any:
     try:
         import zuko.transforms
     except ImportError as error:
-        raise ImportError("Flow needs zuko: pip install 'amortized[flows]'") from error
+        raise ImportError("Flow needs zuko: pip install zuko (or '.[flows]' in a clone)") from error
     return zuko.transforms
 
 

@@ -6,7 +6,6 @@ row. Contexts ``a`` are a tensor or a ``NamedTuple`` of tensors; solutions ``b``
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -116,10 +115,19 @@ def _names(a: Context) -> list[str]:
 
 
 def take(a: Context, index: Tensor | slice) -> Context:
-    """The rows of a context that ``index`` names: a slice, or a tensor of row numbers."""
+    """The rows of a context that ``index`` names: a slice, a tensor of row numbers, or one that says of each row whether."""
     if isinstance(index, slice):
         return map_leaves(lambda leaf: leaf[index], a)
+    if index.dtype == torch.bool:
+        if index.all():
+            return a
+        index = index.nonzero()[:, 0]
     return map_leaves(lambda leaf: leaf.index_select(0, index), a)
+
+
+def rows_where(test: Callable[[Tensor], Tensor], a: Context) -> Tensor:
+    """Whether ``test`` holds of all numbers of a row, ``(B,)``; it maps a tensor to one of truth values of that shape."""
+    return torch.stack([test(leaf).unsqueeze(-1).flatten(1).all(1) for leaf in leaves(a)]).all(0)
 
 
 def concatenate(parts: Sequence[Context]) -> Context:
@@ -212,14 +220,6 @@ class ProblemError(ValueError):
     """A problem, or a network for it, breaks the contract; the message says what was given and what to write."""
 
 
-def fault(error: Exception) -> str:
-    """An exception in one line: its type, the first line of its message, and the line of the caller's code that raised it."""
-    code = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
-    message = str(error).strip()
-    what = f"{type(error).__name__}: {message.splitlines()[0]}" if message else type(error).__name__
-    return f"{what} ({code[-1].filename}:{code[-1].lineno})" if code else what
-
-
 def evaluate(problem: Problem, b: Tensor, a: Context) -> Tensor:
     """``L(b; a)`` without a graph, shape ``(B,)``."""
     with torch.no_grad():
@@ -264,6 +264,12 @@ def check_objective(problem: Problem, b: Tensor, a: Context) -> None:
         for row in {0, B - 1}:
             (grad,) = torch.autograd.grad(value[row], point, retain_graph=True)
             grad = grad.flatten(1).abs().sum(1)
+            if not torch.isfinite(grad).all():
+                bad = int((~torch.isfinite(grad)).nonzero()[0])
+                raise ProblemError(
+                    f"the gradient of {name} is {grad[bad]:g} in row {bad} of the first batch, though its value is finite: look "
+                    "for sqrt, norm, log or a division at 0, also in the branch of a torch.where that is not taken."
+                )
             grad[row] = 0
             if (grad != 0).any():
                 other = int((grad != 0).nonzero()[0])
@@ -354,13 +360,17 @@ class Known(Problem, Protocol):
     above ``optimum`` where solutions are approximations of a family (a mean-field Gaussian for a correlated posterior).
     """
 
-    def optimum(self, a: Context) -> Tensor:
-        """``L*``, the true minimal value ``(B,)``; no ``b`` is below it."""
+    def optimum(self, a: Context) -> Tensor | None:
+        """``L*``, the true minimal value ``(B,)``; no ``b`` is below it. ``None``: not known after all."""
         ...
 
 
 class FixedPoint(Protocol):
-    """A map whose fixed point is sought; with an ``objective`` as well, solutions report it."""
+    """A map whose fixed point is sought; with an ``objective`` as well, solutions report it.
+
+    Where ``‖update(b, a) − b‖`` means little, a method ``fixed_point_error(b, moved, a) -> (B,)``, with
+    ``moved = update(b, a)``, says in the problem's own units how far ``b`` is from a fixed point.
+    """
 
     def update(self, b: Tensor, a: Context) -> Tensor:
         """The map ``(B, *) -> (B, *)``, one row independent of another."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from amortized.problem import QuadraticProgram, leaves, map_leaves, take, value_and_grad
 from amortized.solvers import ADMM, BFGS, LBFGS
 from amortized.solvers.base import Solution
-from amortized.solvers.outside import QPSolver
+from amortized.solvers.external import QPSolver
 
 TOL = 1e-6
 
@@ -577,7 +577,7 @@ def main() -> None:
                 waste = (counted.rows - 1) / needed
                 add(f"{cell} evaluations per needed", waste, 1.15 if size >= 1024 else None, "", at_most=True)
                 whole = size / per_second
-                share = evaluation_share(problem, a, b, counted.rows, whole, inner_loop(n).num_lanes(b))
+                share = evaluation_share(problem, a, b, counted.rows, whole, inner_loop(n).chunk_size(b))
                 goal = 0.5 if (name, n) == ("logistic", 200) else None
                 add(f"{cell} share of evaluation", share, goal, f"{whole * 1e6 / counted.rows:.2f} us a row-evaluation")
                 over = {2: 0.2, 20: 1.3, 200: 6}[n] if size >= 1024 else None

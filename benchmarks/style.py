@@ -63,8 +63,7 @@ def step_size(solver: Solver) -> float:
     if isinstance(solver, LBFGS):
         return solver.first_step
     assert isinstance(solver, Adam)
-    assert solver.fixed_lr is not None
-    return solver.fixed_lr
+    return solver.lr
 
 
 def called(solver: Solver) -> str:

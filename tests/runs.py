@@ -10,12 +10,16 @@ import time
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["amortized.cli", "toy"])
 
 
-def _main(args, log):
+def _main(args, log, environment):
+    os.environ.update(environment)
+    if "RANK" in environment:  # read when Lightning is imported, which was before
+        rank_zero_only.rank = int(environment["RANK"])
     os.setsid()  # a group of its own, so that a whole run can be killed
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -28,11 +32,12 @@ def _main(args, log):
 
 
 class Run:
-    """``amortized ARGS`` in another process; its output is in ``log``."""
+    """``amortized ARGS`` in another process, with these environment variables too; its output is in ``log``."""
 
-    def __init__(self, args, log="log.txt"):
+    def __init__(self, args, log="log.txt", **environment):
         self.log = Path(log)
-        self.process = _CONTEXT.Process(target=_main, args=([str(a) for a in args], str(self.log.absolute())))
+        arguments = ([str(a) for a in args], str(self.log.absolute()), environment)
+        self.process = _CONTEXT.Process(target=_main, args=arguments)
         self.process.start()
 
     def wait(self, timeout=120):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import signal
 import zipfile
@@ -13,6 +14,7 @@ import torch
 from amortized import checkpoint
 from amortized.callbacks.checkpoint import Interrupted
 from amortized.cli import main
+from amortized.recipe import differences, same_class
 
 MODEL = [
     "--model=toy.Quadratic",
@@ -63,7 +65,8 @@ def seal(path):
 def rewrite(path, change):
     saved = torch.load(path, weights_only=True)
     change(saved)
-    checkpoint.save(saved, path)
+    torch.save(saved, path)
+    seal(path)
 
 
 class Payload:
@@ -88,6 +91,15 @@ def flip(path, offset=None):
 
 def poison(path):
     rewrite(path, lambda saved: saved["state_dict"]["network.0.weight"].__setitem__((0, 0), float("nan")))
+
+
+def poison_optimizer(path):
+    rewrite(path, lambda saved: saved["optimizer_states"][0]["state"][1]["exp_avg"].fill_(float("nan")))
+
+
+def poison_complex(path):
+    weight = torch.full((2,), complex(0, float("inf")), dtype=torch.complex64)
+    rewrite(path, lambda saved: saved["state_dict"].update({"phase": weight}))
 
 
 def replace_by_pickle(path):
@@ -135,8 +147,11 @@ FAULTS = {
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "flipped": (flip, "is damaged: it does not have the SHA-256"),
     "flipped, without digest": (unsealed(flip), "does not have its checksum"),
-    "flipped digest": (lambda path: checkpoint.digest_path(path).write_text("\n"), "is damaged"),
+    "flipped digest": (lambda path: flip(checkpoint.digest_path(path), 0), "is damaged"),
+    "digest of noise": (lambda path: checkpoint.digest_path(path).write_bytes(b"\xff\x00\xfe"), "is damaged"),
     "nan": (poison, "is refused: network.0.weight holds NaN or infinite weights"),
+    "nan, optimizer": (poison_optimizer, "is refused: 0.state.1.exp_avg of the optimizer's state holds NaN"),
+    "infinite, complex": (poison_complex, "is refused: phase holds NaN or infinite weights"),
     "pickle": (
         replace_by_pickle,
         "is refused: it is a bare pickle, and loading it could run code",
@@ -163,6 +178,15 @@ def test_a_bad_checkpoint_is_refused_and_the_newest_good_one_named(spoil, fault,
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("left", [b"", b"\n", bytes(80)], ids=["empty", "newline", "zeros"])
+def test_a_digest_that_a_power_cut_emptied_counts_as_none(left, last):
+    checkpoint.digest_path(last).write_bytes(left)
+    assert checkpoint.load(last)["global_step"] == 20
+    flip(last)
+    with pytest.raises(checkpoint.CheckpointError, match="does not have its checksum"):
+        checkpoint.load(last)
+
+
 @pytest.mark.parametrize("command", ["validate", "predict"])
 def test_every_command_refuses(command, last, capsys):
     hide_payload(last)
@@ -181,11 +205,66 @@ def test_a_run_folder_means_its_newest_good_checkpoint(last, capsys):
     truncate(last)
     main([*FIT, "--ckpt_path=run"])
     assert torch.load(last, weights_only=True)["global_step"] == 20
+    out = capsys.readouterr().out
+    assert f"not the newest checkpoint: {last} is damaged" in out
+    assert f"takes {GOOD}, of step 10" in out
+
+
+def test_the_newest_is_that_of_the_last_step_not_that_written_last(last, capsys):
+    shutil.copy(GOOD, "run/checkpoints/zzz.ckpt")  # written later, and last by name
+    os.utime(GOOD)
+    found = checkpoint.newest("run")
+    assert (found.path, found.step, found.faults) == (last, 20, [])
+    main(["test", *MODEL, *QUIET, "--ckpt_path=run", "--run_folder=tested"])
+    assert f"takes {last}, of step 20" in capsys.readouterr().out
 
 
 def test_of_another_recipe(last, capsys):
     error = refusal(capsys, "test", "-c", "vae_digits", f"--ckpt_path={last}")
     assert f"{last} is of another recipe: it holds a Quadratic, the recipe asks for a VAE" in error
+
+
+def moved(value):
+    """A recipe written before every module moved: ``amortized.networks.MLP`` was ``amortized.networks.old.place.MLP``."""
+    if isinstance(value, dict):
+        return {key: moved(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [moved(part) for part in value]
+    path = isinstance(value, str) and re.fullmatch(r"((?:amortized|toy|torch)(?:\.\w+)*)\.(\w+)", value)
+    return f"{path[1]}.old.place.{path[2]}" if path else value
+
+
+NESTED = ["--model.refine=GradientDescent", "--model.loss=HardContexts", "--model.loss.loss=IterateLoss"]
+
+
+def test_classes_may_move_and_nan_equals_nan():
+    """Also those inside: refine, loss, optimizer."""
+    main([*FIT, *NESTED, "--run_folder=nested"])
+    path = Path("nested/checkpoints/step=00000020.ckpt")
+    rewrite(path, lambda saved: saved.update({checkpoint.RECIPE: moved(saved[checkpoint.RECIPE])}))
+    recipe = torch.load(path, weights_only=True)[checkpoint.RECIPE]
+    assert recipe["model"]["init_args"]["refine"]["class_path"] == "amortized.solvers.old.place.GradientDescent"
+    main([*FIT, *NESTED, f"--ckpt_path={path}", "--trainer.max_steps=21"])
+    assert checkpoint.newest("nested").step == 21
+
+
+def test_a_recipe_of_moved_classes_differs_where_it_does():
+    saved = {
+        "class_path": "amortized.problems.VAE",
+        "init_args": {"beta": float("nan"), "encoder": {"class_path": "a.MLP"}},
+    }
+    given = {
+        "class_path": "amortized.problems.vae.VAE",
+        "init_args": {"beta": float("nan"), "encoder": {"class_path": "b.MLP"}},
+    }
+    assert differences(saved, given, "model") == []
+    given["init_args"]["encoder"]["class_path"] = "b.CNN"
+    (line,) = differences(saved, given, "model")
+    assert line == "model.init_args.encoder.class_path: the checkpoint has 'a.MLP', given 'b.CNN'"
+    given["init_args"] |= {"beta": 1.0, "encoder": {"class_path": "b.MLP"}}
+    assert differences(saved, given, "model") == ["model.init_args.beta: the checkpoint has nan, given 1.0"]
+    # Both lead to a class, but not to the same one, whatever their last names.
+    assert not same_class("amortized.problems.VAE", "amortized.problems.Sphere")
 
 
 def test_settings_that_disagree_are_said(last, capsys):

@@ -1,6 +1,8 @@
 """The command line as its users drive it; wrong input gets one line that names the fault."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from amortized.cli import main, recipes
+from amortized.cli import default_threads, main, recipes
+from amortized.parsing import full_names, full_options
 
 FAST = [
     "--trainer.max_steps=4",
@@ -51,9 +54,16 @@ def test_a_run_writes_one_folder(capsys):
         "report.html",
     }
     found = json.loads((folder / "results.json").read_text())
-    assert set(found) == {"objective", "gap", "rows", "time", "decomposition"}  # this problem declares its optimum
-    assert set(found["gap"]) == {"mean", "median", "p95", "relative", "stderr", "noise"}
-    assert set(found["rows"]) == {"total", "converged", "diverged", "lost"}
+    assert set(found) == {
+        "objective",
+        "gap",
+        "rows",
+        "time",
+        "decomposition",
+        "solver",
+    }  # this problem declares its optimum
+    assert set(found["gap"]) == {"mean", "median", "p95", "relative", "stderr", "noise", "rounding"}
+    assert set(found["rows"]) == {"total", "converged", "diverged", "lost", "unbounded"}
     assert {"network", "solver", "equal_quality_ratio"} <= set(found["time"])
     assert found["rows"]["total"] == 32
     assert found["gap"]["mean"] == pytest.approx(found["objective"]["network"] - found["objective"]["solver"], rel=1e-5)
@@ -105,8 +115,11 @@ def test_predict_for_contexts_of_a_file(capfd):
     assert np.allclose(found["objective"], ((found["b"] - 2 * contexts.numpy()) ** 2).sum(1) + 1, atol=1e-5)
     np.save("wrong.npy", torch.randn(5, 4).numpy())
     capfd.readouterr()
-    assert "contexts of shape ('B', 4); expected ('B', 3)" in error([*predict, "--data.predict=wrong.npy"], capfd)
+    found = error([*predict, "--data.predict=wrong.npy"], capfd)
+    assert "contexts of shape (5, 4); expected a float32 tensor of shape (B, 3)" in found
     assert "no such file of contexts: missing.npy" in error([*predict, "--data.predict=missing.npy"], capfd)
+    Path("damaged.npz").write_bytes(b"PK no archive")
+    assert "damaged.npz cannot be read" in error([*predict, "--data.predict=damaged.npz"], capfd)
 
 
 def test_options_override_the_recipe_and_print_config_round_trips(capsys):
@@ -131,7 +144,27 @@ WRONG = [
     (["fit", "-c", "vae_digits", "--model.smples=3"], "Option 'smples' is not accepted (did you mean samples"),
     (["fit", "-c", "vae_digits", "--model.encoder.init_args.hiden=3"], "'hiden' is not accepted (did you mean hidden"),
     (["fit", "-c", "vae_digits", "--model.samples=abc"], "model: samples: Expected a <class 'int'>. Got value: abc"),
-    (["fit", "-c", "vae_digits", "--trainer.no_such=3"], "no_such"),
+    (["fit", "-c", "vae_digits", "--trainer.no_such=3"], "there is no option --trainer.no_such"),
+    (["fit", "-c", "vae_digits", "--trainer.max_step", "5"], "--trainer.max_step (did you mean --trainer.max_steps"),
+    (["fit", "-c", "vae_digits", "--wanbd", "offline"], "there is no option --wanbd (did you mean --wandb"),
+    (
+        ["fit", "-c", "vae_digits", "--model.optimizer.learning_rate=1"],
+        "'learning_rate' is not accepted (did you mean lr?)",
+    ),
+    (["fit", "--model=faulty.Abstract", "--data=toy.Gaussians"], "faulty.Abstract is abstract: write objective(b, a)"),
+    (["fit", "--model=AmortizedModule", "--data=toy.Gaussians"], "is abstract: write objective(b, a)"),
+    (["fit", "--model=faulty.Missing", "--data=toy.Gaussians"], "module 'faulty' has no attribute 'Missing'"),
+    (["fit", *TOY, "--model=faulty.Fails"], "faulty.py, line 7, in helper); AMORTIZED_DEBUG=1 shows"),
+    (["fit", *TOY, "--model=faulty.Unmade"], "faulty.py, line 12, in __init__"),
+    (
+        ["fit", *TOY, "--data.batch_size=100000000000"],
+        "out of memory, where 1,117.6 GiB more were needed: asked for --data",
+    ),
+    (["fit", "-c", "bomb.yaml"], "YAML aliases (*name) are not read"),
+    (["fit", "-c", "deep.yaml"], "nested more than 100 times"),
+    (["fit", "-c", "vae_digits", "--data={a: &a [1], b: *a}"], "YAML aliases (*name) are not read"),
+    (["fit", *TOY, "--wandb=offline", "--trainer.logger=false"], "--wandb offline and --trainer.logger false exclude"),
+    (["fit", "--help", "trainr"], "no group of options 'trainr' (did you mean trainer?)"),
     (
         ["fit", "-c", "vae_digits", *FAST, "--model.encoder.init_args.in_features=63"],
         "fails on contexts of shape (128, 64)",
@@ -146,8 +179,39 @@ WRONG = [
 ]
 
 
+FAULTY = """
+from torch import nn
+from amortized import AmortizedModule
+from toy import Quadratic
+
+def helper(found):
+    return found["x"]
+
+class Unmade(Quadratic):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.weight = [][1]
+
+class Fails(Quadratic):
+    def forward(self, a):
+        return helper({})
+
+    def amortized_step(self, a):
+        return helper({})
+
+class Abstract(AmortizedModule):
+    pass
+"""
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join(9 * [f'*{before}'])}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)  # 391 bytes; 9^9 values
+
+
 @pytest.mark.parametrize(("args", "expected"), WRONG, ids=[expected[:40] for _, expected in WRONG])
 def test_wrong_input_gets_one_line(args, expected, capfd):
+    Path("faulty.py").write_text(FAULTY)
+    Path("bomb.yaml").write_text(BOMB)
+    Path("deep.yaml").write_text("model: " + "[" * 30_000)
     found = error(args, capfd)
     assert expected in found
     assert found.count("did you mean") <= 1
@@ -191,3 +255,133 @@ def test_a_short_name_means_the_project_s_own_class(capsys):
         main(["fit", "-c", "vae_digits", "--model.posterior=Flow", "--model.posterior.latent=4", "--print_config"])
     assert not end.value.code
     assert "class_path: amortized.networks.MLP" in capsys.readouterr().out
+
+
+def test_compile_without_a_compiler_is_told_in_one_line(capfd, monkeypatch):
+    class InvalidCxxCompiler(RuntimeError):  # as torch._inductor.exc has it
+        pass
+
+    def no_compiler(*args, **kwargs):
+        def compiled(a):
+            raise RuntimeError("backend='inductor' raised") from InvalidCxxCompiler(
+                "No working C++ compiler found in clang++"
+            )
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    found = error(["fit", *TOY, "--model.compile=true"], capfd)
+    assert "compile needs a compiler that is not here: No working C++ compiler found in clang++" in found
+    assert "set compile to false" in found
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("amortized.callbacks.report.results", lambda *args: {}["ours"])
+    monkeypatch.setattr("amortized.faults.place", lambda error: None)  # the line above is of a test
+    with pytest.raises(KeyError):
+        main(["fit", *TOY])
+
+
+def test_debug_shows_the_whole_traceback(monkeypatch):
+    Path("faulty.py").write_text(FAULTY)
+    monkeypatch.setenv("AMORTIZED_DEBUG", "1")
+    with pytest.raises(KeyError):
+        main(["fit", *TOY, "--model=faulty.Fails"])
+
+
+def test_a_run_without_a_recipe_is_named_after_its_problem(capsys):
+    main(["fit", *TOY])
+    (folder,) = Path("runs").iterdir()
+    assert folder.name == "Quadratic"
+    assert "Quadratic: network against solver" in capsys.readouterr().out
+    (run,) = folder.iterdir()
+    main(["test", "-c", str(run / "config.yaml"), f"--ckpt_path={run}", "--run_folder=test"])
+    assert "Quadratic: network against solver" in capsys.readouterr().out
+
+
+def test_help_fits_a_screen_and_points_to_the_rest(capsys):
+    def shown(*args):
+        with pytest.raises(SystemExit) as end:
+            main([*args])
+        assert not end.value.code
+        return capsys.readouterr().out
+
+    top, fit, trainer, everything, vae = (
+        shown(*words.split())
+        for words in (
+            "--help",
+            "fit --help",
+            "fit --help trainer",
+            "fit --help all",
+            "fit -c vae_digits --model.help VAE",
+        )
+    )
+    for text in (top, fit):
+        assert len(text.splitlines()) <= 60
+        assert max(map(len, text.splitlines())) <= 80
+        assert "Lightning Trainer command line tool" not in text
+        assert "working directory" in " ".join(text.split())
+    for name in (
+        "--threads",
+        "--run_folder",
+        "--wandb_project",
+        "--ckpt_path",
+        "--trainer.*",
+        "--model.*",
+        "--help all",
+    ):
+        assert name in fit
+    assert "--trainer.max_steps" in trainer
+    assert "--gap.solver" not in trainer
+    assert "--trainer.max_steps" in everything
+    assert "--gap.solver" in everything
+    assert "amortized.networks.MLP" in vae
+    assert "torch.nn" not in vae
+    assert "other libraries" in " ".join(vae.split())
+
+
+def test_a_terminal_without_unicode_gets_other_characters(monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    main(["fit", *TOY, "--run_folder=run"])
+    printed = out.buffer.getvalue().decode("ascii")
+    assert " +- " in printed
+    assert "\n-----" in printed
+    assert (out.errors, err.errors) == ("strict", "strict")
+
+
+def test_classes_of_the_working_directory_can_be_named_and_hide_no_library(capsys):
+    Path("nearby.py").write_text("from toy import Quadratic\nclass Near(Quadratic): pass\n")
+    Path("yaml.py").write_text("raise ImportError('hides a library')\n")
+    before = list(sys.path)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *TOY, "--model=nearby.Near", "--print_config"])
+    assert not end.value.code
+    assert "class_path: nearby.Near" in capsys.readouterr().out
+    assert sys.path == before
+
+
+def test_a_short_name_in_any_place_is_ours():
+    class MLP(torch.nn.Module):
+        """Of another library."""
+
+    written = {"model": "VAE", "gap": {"solver": {"class_path": "LBFGS"}}, "recipe": "VAE"}
+    assert full_names(written) == {
+        "model": "amortized.problems.VAE",
+        "gap": {"solver": {"class_path": "LBFGS"}},
+        "recipe": "VAE",
+    }
+    typed = ["fit", "--model", "VAE", "--model.encoder=MLP", "--run_folder", "MLP", "--model.optimizer", "Adam"]
+    path = "amortized.networks.MLP"
+    assert full_options(typed)[2:4] == ["amortized.problems.VAE", f"--model.encoder={path}"]
+    assert full_options(typed)[4:] == typed[4:]
+
+
+def test_the_threads_of_a_small_network(monkeypatch):
+    small, wide = torch.nn.Linear(3, 3), torch.nn.Linear(1000, 1001)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [default_threads(m) for m in (small, wide, torch.nn.Conv2d(1, 1, 3))] == [1, 8, 8]
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert default_threads(small) == 8

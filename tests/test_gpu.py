@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import FiniteGaussians, Gaussians, Pairs, Quadratic
+from lightning import Trainer
+from toy import FiniteGaussians, Gaussians, LateNaN, Pairs, Quadratic, Sharp
 
+from amortized import ProblemError
 from amortized.callbacks import measure_gap
 from amortized.cli import main
 from amortized.metrics import AmortizationGap
@@ -143,3 +145,13 @@ def test_a_resumed_fit_is_the_same():
     )
     for name, weight in whole["state_dict"].items():
         assert torch.equal(weight, parts["state_dict"][name]), name
+
+
+@pytest.mark.parametrize("fault", ["nan", "gradient"])
+def test_training_stops_at_a_value_that_is_not_finite_without_waiting_for_it(fault):
+    module = Sharp(fault)
+    settings = {"accelerator": "gpu", "devices": 1, "max_steps": 40, "limit_val_batches": 0, "log_every_n_steps": 20}
+    off = ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary", "use_distributed_sampler")
+    with pytest.raises(ProblemError, match="batch 5, row 3"):
+        Trainer(**settings, **dict.fromkeys(off, False)).fit(module, LateNaN(batch_size=16, value=7))
+    assert all(p.isfinite().all() for p in module.parameters())

@@ -240,6 +240,20 @@ def digits(**kwargs):
     return VAE(MLP(64, 8, [16]), MLP(4, 64, [16]), posterior, **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "height", "shape"), [(64, None, (8, 8)), (12, None, (1, 12)), (12, 4, (4, 3)), (1, None, (1, 1))]
+)
+def test_images_of_any_shape_are_drawn(pixels, height, shape):
+    model = VAE(MLP(pixels, 8, [4]), MLP(4, pixels, [4]), DiagonalGaussian(4), height=height)
+    a = torch.rand(3, pixels)
+    with torch.no_grad():
+        figure = model.draw(a, {"network": model(a)})
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    assert {image.shape for image in shown} == {shape}
+    assert np.allclose(shown[1].ravel(), a[1])
+    assert figure.axes[0].get_aspect() == ("auto" if shape[0] == 1 else 1)
+
+
 def test_a_frozen_decoder_does_not_train():
     model = digits(freeze_decoder=True)
     model.amortized_step(Images(batch_size=8).batch("train", 0)).mean().backward()
@@ -396,6 +410,13 @@ def test_plain_idx_files_are_read_too(mnist):
         (lambda data: data[:60] + b"\x00" * 50 + data[110:], "damaged"),
         (lambda data: gzip.compress(b"<html>not found</html>"), "no IDX file"),
         (lambda data: gzip.compress(gzip.decompress(data)[:-5]), "says it holds"),
+        (lambda data: data[:12] + b"\xff" * 40 + data[52:], "damaged"),
+        (lambda data: gzip.compress(gzip.decompress(data)[:10]), "no IDX file"),
+        (
+            lambda data: gzip.compress(idx(np.zeros((4, 14, 14), np.uint8))),
+            r"shape \(4, 14, 14\); mnist has images \(N, 28, 28\)",
+        ),
+        (lambda data: gzip.compress(idx(np.zeros(32, np.uint8))), r"shape \(32,\); mnist has images"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(mnist, damage, message):
@@ -404,6 +425,15 @@ def test_a_damaged_file_is_refused_by_name(mnist, damage, message):
     with pytest.raises(ProblemError, match=message) as error:
         Images("mnist", root=str(mnist)).contexts("test")
     assert str(path) in str(error.value)
+
+
+def test_a_training_set_too_small_to_be_split_is_refused(mnist):
+    (mnist / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros((6000, 28, 28), np.uint8))))
+    data = Images("mnist", root=str(mnist))
+    for split in ("train", "val"):
+        with pytest.raises(ProblemError, match="holds 6000 images, of which the last 10,000 are for validation"):
+            data.contexts(split)
+    assert len(data.contexts("test")) == 32
 
 
 def test_a_missing_file_says_where_it_was_looked_for(tmp_path):
@@ -440,6 +470,12 @@ def test_omniglot_is_split_by_drawer(tmp_path):
     data = Images("omniglot", root=str(tmp_path), binarise=False)
     drawers = {s: set((255 * data.batch(s, 0)[:, 0]).round().int().tolist()) for s in ("train", "val", "test")}
     assert drawers == {"train": set(range(16)), "val": {16, 17}, "test": {18, 19}}
-    (tmp_path / "omniglot_small_28.npz").write_bytes(b"PK no archive")
-    with pytest.raises(ProblemError, match=r"no readable .npz"):
+    path = tmp_path / "omniglot_small_28.npz"
+    whole = path.read_bytes()
+    for content in (b"PK no archive", b"", whole[:-50], whole[:300] + b"\xff" + whole[301:]):
+        path.write_bytes(content)
+        with pytest.raises(ProblemError, match=r"no readable .npz file with an array 'images'$"):
+            data.contexts("train")
+    np.savez(path, images=np.array([{}]))
+    with pytest.raises(ProblemError, match=r"no readable .npz file with an array 'images'$"):
         data.contexts("train")

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import vector_to_parameters
 
 from amortized.contexts import ContextDataModule
+from amortized.evidence import AnnealedImportanceSampling
 from amortized.module import AmortizedModule
 from amortized.networks import (
     MLP,
@@ -15,37 +16,48 @@ from amortized.networks import (
     ConvEncoder,
     DeepSet,
     LearnedInitialization,
+    Recurrent,
+    SetMoments,
     SetTransformer,
     Stylization,
 )
 from amortized.posteriors import DiagonalGaussian, Flow, FullGaussian
 from amortized.problem import (
-    check_objective,
-    draws,
-    evaluate,
-    is_random,
-    leaves,
     map_leaves,
     num_rows,
-    take,
     value_and_grad,
 )
 from amortized.problems import (
+    SLCP,
     VAE,
     Classification,
+    CloudPotential,
+    CloudTransport,
+    ConditionalFlow,
+    GaussianLinear,
+    GaussianLinearPosterior,
     GeneratedImages,
+    HistogramPotential,
+    HistogramTransport,
+    ImagePairs,
     Images,
     LabelledDigits,
     LinearGaussian,
     LinearGaussianContexts,
+    LotkaVolterra,
+    MixtureClouds,
+    NeuralPosterior,
+    Simulations,
     Sinusoid,
     SinusoidContexts,
     Sphere,
     SphereContexts,
     StylePairs,
     StyleTransfer,
+    TwoMoons,
 )
-from amortized.solvers import LBFGS, GradientDescent, LearnedUpdate, Status
+from amortized.solvers import LBFGS, GradientDescent, LearnedUpdate
+from amortized.testing import CHECKS, check_problem, equal
 
 
 class Case(NamedTuple):
@@ -76,6 +88,10 @@ def finite_density(q):
     return finite(q.log_prob(q.mean))
 
 
+def in_support(q):
+    return finite(q.mean) and q.prior.contains(q.sample((5,))).all()
+
+
 def vae(posterior, **kwargs):
     return VAE(MLP(64, posterior.features), MLP(4, 64), posterior, **kwargs)
 
@@ -89,6 +105,18 @@ def conv_vae():
     return VAE(
         ConvEncoder(8, 8, [4, 8]), ConvDecoder(4, 8, [8, 4]), DiagonalGaussian(4), likelihood="gaussian", sigma=0.3
     )
+
+
+def moves_inside_the_cube(plan):
+    return (plan.map > -1e-4).all() and (plan.map < 1 + 1e-4).all() and (plan.cost > -1e-6).all() and finite(plan.f)
+
+
+def simulations(simulator):
+    return lambda **settings: Simulations(simulator(), **settings)
+
+
+def flow_posterior(network, simulator, kind="spline"):
+    return NeuralPosterior(network, ConditionalFlow(simulator.prior.dimension, 4, 2, [16], kind), simulator)
 
 
 BOWLS, SUPPORT = ["centres", "offsets"], ["support_x", "support_y"]
@@ -109,6 +137,12 @@ CASES = {
     "linear": Case(lambda: LinearGaussian(MLP(10, 8), DiagonalGaussian(4)), LinearGaussianContexts, finite_density),
     "linear, full": Case(lambda: LinearGaussian(MLP(10, 14), FullGaussian(4)), LinearGaussianContexts, finite_density),
     "classification": Case(lambda: Classification(MLP(64, 10)), LabelledDigits, on_simplex),
+    "transport": Case(lambda: HistogramTransport(HistogramPotential()), ImagePairs, moves_inside_the_cube),
+    "transport, clouds": Case(lambda: CloudTransport(CloudPotential(2, 0.01)), MixtureClouds, moves_inside_the_cube),
+    "Gaussian": Case(lambda: GaussianLinearPosterior(MLP(10, 65), FullGaussian(10)), simulations(GaussianLinear), in_support),
+    "two moons": Case(lambda: flow_posterior(MLP(2, 4), TwoMoons()), simulations(TwoMoons), in_support),
+    "SLCP": Case(lambda: flow_posterior(SetMoments(["x"], 2, 4), SLCP(), "affine"), simulations(SLCP), in_support),
+    "lynxes": Case(lambda: flow_posterior(Recurrent(["x"], 2, 4), LotkaVolterra()), simulations(LotkaVolterra), in_support),
     "style": Case(lambda: StyleTransfer(Stylization(channels=(4, 8, 8), blocks=1, embedding=8)), StylePairs, in_unit_cube),
 }  # fmt: skip
 
@@ -129,88 +163,9 @@ def module(case) -> AmortizedModule:
     return case.module()
 
 
-def test_shapes(module, data):
-    a = data.batch("train", 0)
-    b = module(a)
-    assert {len(leaf) for leaf in leaves(a)} == {8}
-    assert b.shape == module.initial(a).shape
-    assert b.is_floating_point()
-    assert module.objective(b, a).shape == module.amortized_step(a).shape == (8,)
-    nothing = take(a, slice(0, 0))
-    assert module.objective(module.initial(nothing), nothing).shape == (0,)
-
-
-def test_rows_do_not_mix(module, data):
-    a = data.batch("train", 0)
-    with torch.no_grad():
-        b = module.network(module.observe(a))
-        check_objective(module, b, a)
-        check_objective(module, module.initial(a), a)
-    some = torch.tensor([5, 2])
-    random = is_random(module, b, a)
-    predict = (lambda a: module.network(module.observe(a))) if random else module  # a refinement may draw, row by row
-    torch.testing.assert_close(predict(a)[some], predict(take(a, some)), rtol=1e-3, atol=1e-5)
-    if not random:
-        torch.testing.assert_close(evaluate(module, b, a)[some], evaluate(module, b[some], take(a, some)))
-
-
-def test_what_the_model_observes_is_a_context_of_as_many_rows(module, data):
-    a = data.batch("train", 0)
-    assert num_rows(module.observe(a)) == num_rows(a)
-
-
-def test_gradients_reach_every_parameter(module, data):
-    module.amortized_step(data.batch("train", 0)).mean().backward()
-    without = [
-        name
-        for name, p in module.named_parameters()
-        if p.requires_grad and (p.grad is None or not p.grad.any() or not finite(p.grad))
-    ]
-    assert not without
-
-
-def test_training_lowers_the_loss(module, data):
-    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
-    a, before = data.batch("train", 0), torch.tensor(0.0)
-    for step in range(21):
-        with draws(0, torch.device("cpu")):
-            loss = module.amortized_step(a).mean()
-        before = before if step else loss.detach()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < before
-
-
-def test_solver_never_worsens_a_row(module, data):
-    module.eval()
-    a = take(data.batch("val", 0), slice(0, 8))
-    for start in (module.initial(a), module(a).detach()):
-        with draws(0, torch.device("cpu")):
-            solution = LBFGS(30).solve(module, a, start)
-        assert solution.b.shape == start.shape
-        assert not (solution.status == Status.DIVERGED).any()
-        assert finite(solution.value)
-        if not is_random(module, start, a):
-            was = evaluate(module, start, a)
-            assert (evaluate(module, solution.b, a) <= was + 1e-5 * was.abs()).all()
-            assert (solution.value <= was + 1e-5 * was.abs()).all()
-
-
-def test_declared_optimum_is_attained(module, data):
-    if not hasattr(module, "optimum"):
-        pytest.skip(f"{type(module).__name__} declares no optimum: none is known in closed form")
-    a = map_leaves(lambda leaf: leaf.double(), data.batch("val", 0))
-    module.double().eval()
-    best = module.optimum(a)
-    assert best.shape == (num_rows(a),)
-    family = module.family_optimum(a) if hasattr(module, "family_optimum") else best
-    assert (family >= best).all()
-    solution = LBFGS(500).solve(module, a, module.initial(a))
-    assert solution.converged.all()
-    torch.testing.assert_close(solution.value, family, rtol=1e-6, atol=1e-6)
-    assert (module.objective(module(a), a) >= best - 1e-9).all()
-    assert (module.objective(torch.randn_like(solution.b), a) >= best - 1e-9).all()
+@pytest.mark.parametrize("check", CHECKS)
+def test_every_problem(check, module, data):
+    CHECKS[check](module, data)
 
 
 def test_decoded_solutions_are_in_the_domain(case, module, data):
@@ -220,40 +175,30 @@ def test_decoded_solutions_are_in_the_domain(case, module, data):
             assert case.valid(module.decode(b, a))
 
 
-def test_contexts_are_a_function_of_seed_split_and_number(case, data):
-    again = case.data(batch_size=8, num_val=24, num_test=24, eval_batch_size=16)
-    for split, number in (("train", 5), ("train", 0), ("val", 0), ("test", 1)):
-        torch.manual_seed(number)
-        assert equal(data.batch(split, number), again.batch(split, number))
-    assert not equal(data.batch("train", 0), data.batch("train", 1))
+def test_a_copy_of_a_vae_estimates_the_evidence_of_its_own_decoder():
+    model = vae(DiagonalGaussian(4), evidence=AnnealedImportanceSampling(3, 2, 2))
+    CHECKS["copies_and_pickles"](model, Images())
+
+
+class Wrong(Sphere):
+    """Whose copies are the original; and which claims what it does not attain."""
+
+    def __init__(self, **kwargs):
+        super().__init__(MLP(16, 3), **kwargs)
+        self.optimum = lambda a: super(Wrong, self).objective(self.initial(a), a) - self.network[0].bias.abs().sum()
+
+
+def test_a_problem_of_ones_own_is_checked_by_name():
+    check_problem(Sphere(MLP(16, 3)), SphereContexts())
+    with pytest.raises(AssertionError, match="declared_optimum_is_attained: L-BFGS ends .* declare family_optimum"):
+        check_problem(Wrong(), SphereContexts())
+    with pytest.raises(Exception, match="pickle"):
+        CHECKS["copies_and_pickles"](Wrong(), SphereContexts())
+
+
+def test_another_seed_gives_other_contexts(case, data):
     other = case.data(batch_size=8, num_val=24, num_test=24, eval_batch_size=16, seed=1)
     assert not equal(data.batch("train", 0), other.batch("train", 0))
-
-
-def test_splits_are_disjoint(data):
-    rows = {}
-    for split in ("train", "val", "test"):
-        a = data.contexts(split)
-        a = data.batch(split, 0) if a is None else a
-        rows[split] = {tuple(row) for row in torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves(a)], 1).tolist()}
-    assert not rows["train"] & rows["val"]
-    assert not rows["train"] & rows["test"]
-    assert not rows["val"] & rows["test"]
-
-
-def test_draws_a_picture(module, data, tmp_path):
-    a = data.batch("val", 0)
-    for n in (1, 6):
-        part = take(a, slice(0, n))
-        with torch.no_grad():
-            figure = module.draw(part, {"network": module(part), "solver": module.initial(part)})
-        if figure is not None:
-            figure.savefig(tmp_path / "picture.png")
-            assert (tmp_path / "picture.png").stat().st_size > 5000
-
-
-def equal(a, other):
-    return all(torch.equal(x, y) for x, y in zip(leaves(a), leaves(other), strict=True))
 
 
 def test_sphere_is_smooth_where_arccos_is_not():
@@ -317,7 +262,7 @@ def test_the_digits_are_split_once_for_all_seeds():
     assert equal(LabelledDigits(seed=1).contexts("test"), LabelledDigits().contexts("test"))
 
 
-@pytest.mark.parametrize("network", [DeepSet, SetTransformer])
+@pytest.mark.parametrize("network", [DeepSet, SetMoments, SetTransformer])
 def test_sets_have_no_order(network):
     f = network(BOWLS, 4, 3)
     a = SphereContexts(num_val=5).contexts("val")

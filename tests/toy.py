@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from lightning import Callback
 from matplotlib.figure import Figure
@@ -28,6 +29,16 @@ class Quadratic(AmortizedModule):
 
     def optimum(self, a):
         return torch.ones(len(a))
+
+
+class Filed(Quadratic):
+    """Writes a file for each prediction."""
+
+    def save(self, decoded, paths):
+        files = [path.with_suffix(".npy") for path in paths]
+        for file, row in zip(files, decoded, strict=True):
+            np.save(file, row.cpu().numpy())
+        return files
 
 
 class Mixing(Quadratic):
@@ -128,6 +139,18 @@ class Precisions(ContextDataModule):
         return half @ half.mT + 0.3 * torch.eye(2, device=generator.device)
 
 
+class Spoil(Callback):
+    """Puts NaN into the weights, or the optimizer's state, after this many steps, on the last process alone."""
+
+    def __init__(self, step: int, what: str = "weights"):
+        self.step, self.what = step, what
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            state = trainer.optimizers[0].state_dict()["state"][0]["exp_avg"]
+            (state if self.what == "optimizer" else pl_module.network[0].weight.data).fill_(torch.nan)
+
+
 class SaveRows(Callback):
     """What the gap monitor has of each row, in ``rows.pt``; and how many contexts this process had, in ``dealt-RANK``."""
 
@@ -188,3 +211,33 @@ class Pair(NamedTuple):
 class Pairs(ContextDataModule):
     def sample(self, n, generator):
         return Pair(*(torch.randn(n, 3, generator=generator, device=generator.device) for _ in range(2)))
+
+
+class LateNaN(Gaussians):
+    """Gaussians; in row 3 of training batch ``number`` stands ``value``, or NaN."""
+
+    def __init__(self, number: int = 5, value: float | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.number, self.value = number, torch.nan if value is None else value
+
+    def batch(self, split, number, device="cpu"):
+        a = super().batch(split, number, device)
+        if split == "train" and number == self.number:
+            a = a.clone()
+            a[3, 0] = self.value
+        return a
+
+
+class Sharp(Quadratic):
+    """Quadratic, but on contexts that begin with 7: there the objective is infinite, NaN, or finite with a gradient of NaN."""
+
+    def __init__(self, fault: str = "gradient", **kwargs):
+        super().__init__(**kwargs)
+        self.fault = fault
+
+    def objective(self, b, a):
+        at = a[:, 0] == 7
+        value = super().objective(b, a)
+        if self.fault == "gradient":
+            return value + 0 * (~at * b.square().sum(1)).sqrt()
+        return value + torch.where(at, {"nan": torch.nan, "inf": torch.inf}[self.fault], 0.0)

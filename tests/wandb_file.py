@@ -43,6 +43,7 @@ class WandbRun:
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 self.id, self.project, self.group = record.run.run_id, record.run.project, record.run.run_group
+                self.name, self.entity, self.tags = record.run.display_name, record.run.entity, list(record.run.tags)
                 self.config |= _values(record.run.config.update)
             elif kind == "config":
                 self.config |= _values(record.config.update)

@@ -16,18 +16,20 @@ A row that never gets there counts as infinite: it is in every median and share,
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from amortized.module import AmortizedModule
-from amortized.problem import CommonDraws, Context, Problem, evaluate, is_random, num_rows, take
+from amortized.problem import CommonDraws, Context, Problem, ProblemError, evaluate, is_random, num_rows, take
 from amortized.solvers import LBFGS, Adam, Solver
 from amortized.streams import stream_seed
 
@@ -92,10 +94,21 @@ class Budget(NamedTuple):
         return first(curve.seconds, curve.values, target.nan_to_num(nan=torch.inf)) / self.network_seconds
 
     @property
+    def best(self) -> Tensor:
+        """``L*``, the lowest value that anyone found ``(B,)``."""
+        ends = torch.stack([self.network, *(curve.values[-1] for curve in self.cold + self.warm)])
+        return ends.nan_to_num(nan=torch.inf).amin(0)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the network or the start is above the lowest value by more than rounding, on half of the rows at least."""
+        between = torch.maximum(self.network, self.start) - self.best
+        return bool((~(between <= ROUNDING * self.best.abs())).double().mean() >= 0.5)
+
+    @property
     def goal(self) -> Tensor:
         """The value ``(B,)`` at which a row counts as solved; see the module's docstring."""
-        ends = torch.stack([self.network, *(curve.values[-1] for curve in self.cold + self.warm)])
-        best = ends.nan_to_num(nan=torch.inf).amin(0)
+        best = self.best
         scale = torch.where(self.start.isfinite(), (self.start - best).clamp(min=0), best.abs())
         return best + self.tol * scale + ROUNDING * best.abs()
 
@@ -190,7 +203,8 @@ def measure_budget(
     """Time the network and each rival, cold and from the prediction, on one batch; all warmed up, one synchronised clock.
 
     A random objective has the same fixed draws on all sides, which favours the solvers: they fit those draws, the
-    network does not. What the recording itself takes is not counted against the rivals. A recorded solver keeps the rows
+    network does not. What the recording itself takes is not counted against the rivals. One that will not win is given up
+    (:func:`beaten`). A recorded solver keeps the rows
     that it has finished, which an unrecorded one drops (unless the objective is random); so the rival's whole run is
     timed unrecorded, and no time to equal quality counts for more than that.
 
@@ -210,27 +224,62 @@ def measure_budget(
     search = CommonDraws(problem, stream_seed(0, "budget", 0)) if is_random(problem, b, a) else problem
     network, begun = (evaluate(search, x, a).double().cpu() for x in (b, start))
     look = statistics.median(_seconds(lambda: evaluate(search, start, a), device) for _ in range(repeats))
-    cold, warm = [], []
+    cold: list[Curve] = []
+    warm: list[Curve] = []
+    budget = Budget(forward, network, begun, cold, warm, "", math.nan, tol)
     for name, solver in rivals.items():
         _trace(solver, search, take(a, slice(0, 2)), start[:2])  # warms up
-        cold.append(_begin(Curve(name, False, *_trace(solver, search, a, start)), begun, look))
-        warm.append(_begin(Curve(name, True, *_trace(solver, search, a, b)), network, look, forward))
-    budget = Budget(forward, network, begun, cold, warm, "", math.nan, tol)
+        for curves, point, value, before in ((cold, start, begun, 0.0), (warm, b, network, forward)):
+            hopeless = beaten(budget, curves) if curves else None
+            run = Curve(name, curves is warm, *_trace(solver, search, a, point, hopeless))
+            curves.append(_begin(run, value, look, before))
 
     def rank(curve: Curve) -> tuple[float, float]:
         return _time_to_mean(budget, curve), float(budget.mean(curve.values[-1]).nan_to_num(nan=torch.inf))
 
     fastest = min(cold, key=rank)
     at, solver = cold.index(fastest), rivals[fastest.name]
-    runs = [fastest.seconds[1:], *(_trace(solver, search, a, start)[0] for _ in range(repeats - 1))]
-    seconds = torch.stack([run for run in runs if len(run) == len(runs[0])]).median(0).values
+    runs = [_trace(solver, search, a, start) for _ in range(repeats)]  # whole ones, whether or not it was given up
+    longest = max(runs, key=lambda run: len(run[0]))
+    seconds = torch.stack([run[0] for run in runs if len(run[0]) == len(longest[0])]).median(0).values
     whole = float(seconds[-1])
     if search is problem:
         unrecorded = [_seconds(lambda: solver.solve(problem, a, start), device) for _ in range(repeats)]
         whole = min(whole, statistics.median(unrecorded))
-    seconds = torch.cat([fastest.seconds[:1], seconds]).clamp(max=whole)
-    cold[at] = fastest._replace(seconds=seconds)
+    curve = _begin(Curve(fastest.name, False, seconds, *longest[1:]), begun, look)
+    cold[at] = curve._replace(seconds=curve.seconds.clamp(max=whole))
     return budget._replace(rival=fastest.name, solver_seconds=whole)
+
+
+Hopeless: TypeAlias = Callable[[float, int, Tensor], bool]
+"""Whether to give a run up, from its seconds, its evaluations and its best values ``(B,)`` so far."""
+
+PATIENCE = 5
+"""Times what the leader needed: so much each rival may take."""
+
+
+def beaten(budget: Budget, curves: list[Curve]) -> Hopeless:
+    """When a run beside these is given up, as one that will not win.
+
+    One of them reached the network's mean objective in a fifth of the time, one of them solved all rows that anyone solved
+    with a fifth of the evaluations, and the new run is on no row lower than the lowest value known.
+    """
+    goal = budget.goal
+    ends = torch.stack([budget.network, *(curve.values[-1] for curve in budget.cold + budget.warm)])
+    best = ends.nan_to_num(nan=torch.inf).amin(0)
+    reached = min(_time_to_mean(budget, curve) for curve in curves)
+    solved = torch.stack([first(curve.evaluations.double(), curve.values, goal) for curve in curves])
+    needed = float(solved[:, solved.isfinite().any(0)].amax(1).min()) if solved.isfinite().any() else math.inf
+
+    def hopeless(seconds: float, evaluations: int, values: Tensor) -> bool:
+        late = seconds > PATIENCE * reached and evaluations > PATIENCE * needed
+        return late and not bool((values < best - ROUNDING * best.abs()).any())
+
+    return hopeless
+
+
+class _Beaten(Exception):
+    """Ends a run that is given up."""
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -239,8 +288,10 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return clock(device) - started
 
 
-def _trace(solver: Solver, problem: Problem, a: Context, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Seconds ``(R,)``, evaluations ``(R,)`` and values ``(R, B)`` after each of R rounds."""
+def _trace(
+    solver: Solver, problem: Problem, a: Context, start: Tensor, hopeless: Hopeless | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Seconds ``(R,)``, evaluations ``(R,)`` and values ``(R, B)`` after each of R rounds, the last where it is hopeless."""
     seconds: list[float] = []
     evaluations: list[int] = []
     values: list[Tensor] = []
@@ -252,12 +303,15 @@ def _trace(solver: Solver, problem: Problem, a: Context, start: Tensor) -> tuple
         seconds.append(now - started - recording)
         evaluations.append(count)
         values.append(best.double().cpu())
+        if hopeless is not None and hopeless(seconds[-1], count, values[-1]):
+            raise _Beaten
         recording += clock(best.device) - now
 
     started = clock(start.device)
-    found = solver.solve(problem, a, start, trace=record)
-    if not values:  # no round was needed
-        record(int(found.evaluations.max()), found.value)
+    with contextlib.suppress(_Beaten):
+        found = solver.solve(problem, a, start, trace=record)
+        if not values:  # no round was needed
+            record(int(found.evaluations.max()), found.value)
     return torch.tensor(seconds, dtype=torch.float64), torch.tensor(evaluations), torch.stack(values)
 
 
@@ -291,6 +345,13 @@ class BudgetMonitor(Callback):
         self.contexts, self.enabled = contexts, enabled
         self.budget: Budget | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for name, solver in (self.rivals or {}).items() if self.enabled else ():
+            try:
+                solver.require(pl_module)
+            except TypeError as error:
+                raise ProblemError(f"budget.rivals, {name}: {error}") from error
+
     def on_test_batch_end(
         self,
         trainer: Trainer,
@@ -303,4 +364,9 @@ class BudgetMonitor(Callback):
         first = batch_idx == dataloader_idx == 0
         if self.enabled and first and trainer.is_global_zero and isinstance(pl_module, AmortizedModule):
             a = take(batch, slice(0, min(self.contexts, num_rows(batch))))
-            self.budget = measure_budget(pl_module, a, self.rivals or default_rivals(LBFGS()))
+            found = measure_budget(pl_module, a, self.rivals or default_rivals(LBFGS()))
+            self.budget = found if found.resolved else None
+            if not found.resolved:
+                rank_zero_warn(
+                    "no times to equal quality: beside the objective's size, its differences are within rounding"
+                )

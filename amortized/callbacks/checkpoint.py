@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import signal
 import time
 from pathlib import Path
@@ -10,6 +12,11 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import callbacks
+
+from amortized.checkpoint import CheckpointError, not_finite
+
+STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+"""Signals that tell a run to stop; SLURM can send USR1 some time before it ends a job (``sbatch --signal=USR1@90``)."""
 
 
 class Checkpoint(callbacks.Checkpoint):
@@ -22,7 +29,8 @@ class Checkpoint(callbacks.Checkpoint):
     Args:
         every_n_steps: training steps between two checkpoints.
         keep: how many of them to keep; the newest.
-        monitor: a logged metric of validation; the checkpoint where it was lowest is kept as ``best.ckpt``.
+        monitor: a logged metric of validation; the checkpoint where it was lowest is kept as ``best.ckpt``, among those whose
+            validation had no row with an objective that is not finite.
     """
 
     def __init__(self, every_n_steps: int = 500, keep: int = 2, monitor: str | None = "val/objective") -> None:
@@ -36,29 +44,45 @@ class Checkpoint(callbacks.Checkpoint):
         return {"best": self.best, "saved": self.saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.saved = state_dict["best"], state_dict["saved"]
+        # These files will be removed, and the checkpoint that names them may be another's.
+        ours = (name for name in state_dict["saved"] if re.fullmatch(r"step=\d{8,}\.ckpt", str(name)))
+        self.best, self.saved = float(state_dict["best"]), list(ours)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.directory = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
 
     def save(self, trainer: Trainer, again: bool = False) -> Path:
-        """Save this training step, unless it is saved already or is to be ``again``; every process calls it."""
+        """Save this training step, unless it is saved already or is to be ``again``; every process calls it.
+
+        Raises:
+            CheckpointError: if the weights or the optimizer's state are not finite; nothing is written or removed then.
+        """
         path = self.directory / f"step={trainer.global_step:08d}.ckpt"
-        if path.name not in self.saved[-1:]:
-            self.saved.append(path.name)
-        elif not again:
+        if path.name in self.saved[-1:] and not again:
             return path
-        old, self.saved = self.saved[: -self.keep], self.saved[-self.keep :]
         # The metrics up to here must be on disk before a checkpoint says that they are; those of a training batch are
         # logged after its hooks, which is too late.
         if trainer.training and trainer._logger_connector._first_loop_iter is not None:
             trainer._logger_connector.update_train_step_metrics()
         for logger in trainer.loggers:
             logger.save()
+        self._check(trainer)
+        names = [*(name for name in self.saved if name != path.name), path.name]
+        old, self.saved = names[: -self.keep], names[-self.keep :]
         trainer.save_checkpoint(path, weights_only=False)
         for name in old:
             trainer.strategy.remove_checkpoint(self.directory / name)
         return path
+
+    def _check(self, trainer: Trainer) -> None:
+        """All processes stop if one of them has what may not be saved: the others would wait for it."""
+        states = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        fault = not_finite({"state_dict": trainer.lightning_module.state_dict(), "optimizer_states": states})
+        if trainer.strategy.reduce_boolean_decision(fault is not None, all=False):
+            last = f"; the last good checkpoint is {self.directory / self.saved[-1]}" if self.saved else ""
+            raise CheckpointError(
+                f"step {trainer.global_step} is not saved: {fault or 'another process has NaN or infinite weights'}{last}"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -79,7 +103,9 @@ class Checkpoint(callbacks.Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking or not between_steps(trainer):
             return
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        if value is not None and float(value) < self.best:
+        sound = math.isfinite(trainer.callback_metrics.get("val/objective", 0.0))  # NaN, if one row is
+        if value is not None and sound and float(value) < self.best:
+            self._check(trainer)
             self.best = float(value)
             trainer.save_checkpoint(self.directory / "best.ckpt", weights_only=False)
         if trainer.global_step % self.every_n_steps == 0:
@@ -132,7 +158,7 @@ def raise_interrupted(signum: int, frame: Any) -> None:
 
 
 class Interrupt(callbacks.Callback):
-    """TERM or Ctrl-C during training: finish the step, agree on it over all processes, save one checkpoint, stop.
+    """TERM, USR1 or Ctrl-C during training: finish the step, agree on it over all processes, save one checkpoint, stop.
 
     During a validation it stops at once; the resumed run begins with that validation. Told again after a second, it
     stops at once without a checkpoint.
@@ -161,7 +187,7 @@ class Interrupt(callbacks.Callback):
             if again or (trainer.validating and trainer.world_size == 1):
                 raise Interrupted(signum)
 
-        self._handlers = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._handlers = {number: signal.signal(number, handle) for number in STOPS}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -10,9 +11,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from amortized.float64 import in_float64
 from amortized.metrics import AmortizationGap, GapRows
 from amortized.module import AmortizedModule
-from amortized.problem import Context, concatenate, draws, evaluate, is_random, map_leaves, take
+from amortized.problem import Context, ProblemError, concatenate, draws, evaluate, is_random, map_leaves, take
 from amortized.solvers import LBFGS, Solution, Solver
 from amortized.solvers.base import tolerance
 from amortized.streams import stream_seed
@@ -31,7 +33,9 @@ def measure_gap(
 
     The reference of a row is the better of two solver runs, one from ``problem.initial(a)``, one from ``b``. A random
     objective is searched with fixed draws, chosen between on a second set, and evaluated, all sides alike, on a third, and
-    once more on a fourth, to say how much of the gap is noise.
+    once more on a fourth, to say how much of the gap is noise. One that is not random has the prediction itself among the
+    candidates, so that no gap is below 0. Whatever the solver's precision, values are compared in float64 where the problem
+    can be evaluated so; ``rounding`` says what they can be off by.
 
     Args:
         problem: the module.
@@ -53,14 +57,27 @@ def measure_gap(
             runs.append(solver.solve(problem, a, start.to(b.dtype)))
     cold, warm = runs
 
+    exact = in_float64(problem)
+    precision = torch.float64
+
     def values(of: Tensor, seed: int) -> Tensor:
+        nonlocal precision
+        if precision == torch.float64:
+            with draws(seed, b.device):
+                found = exact(of, a)
+            if found is not None:
+                return found
         with draws(seed, b.device):
-            return evaluate(problem, of, a).double()
+            found = evaluate(problem, of, a)
+        precision = found.dtype
+        return found.double()
 
     on_cold, on_warm = (values(run.b, choice).nan_to_num(nan=torch.inf) for run in runs)
     use_warm = on_warm <= on_cold
-    best = torch.where(use_warm.view(-1, *[1] * (b.ndim - 1)), warm.b, cold.b)
+    best = torch.where(_wide(use_warm, b), warm.b, cold.b)
     random = len(b) > 0 and is_random(problem, b[:1], take(a, slice(0, 1)))
+    if not random:  # the solver's own arithmetic may have taken for lower what is not
+        best = torch.where(_wide(values(b, choice) < torch.minimum(on_warm, on_cold), b), b, best)
     rows = GapRows(
         index=index,
         network=values(b, value),
@@ -69,29 +86,47 @@ def measure_gap(
         converged=torch.where(use_warm, warm.converged, cold.converged),
         evaluations=cold.evaluations,
     )
+    largest = torch.maximum(rows.network.abs(), rows.reference.abs())
     unknown = torch.full_like(rows.network, torch.nan)
     again = values(b, fresh) - values(best, fresh) if random else rows.gap
-    rows = rows._replace(again=again, family=unknown, optimum=unknown)
-    optimum, family_optimum = (getattr(problem, name, None) for name in ("optimum", "family_optimum"))
-    if decompose and optimum is not None:
-        if family_optimum is not None:
-            family = family_optimum(a)
-        else:
+    rounding = 4 * torch.finfo(precision).eps * largest
+    rows = rows._replace(again=again, family=unknown, optimum=unknown, rounding=rounding)
+    optimum = _declared(problem, "optimum", a, random) if decompose else None
+    if optimum is not None:
+        family = _declared(problem, "family_optimum", a, random)
+        if family is None:
             with draws(search, b.device):
                 further = longer(solver, b.dtype).solve(problem, a, best).b
             lower = values(further, choice) <= values(best, choice)
             family = torch.where(lower, values(further, value), rows.reference)
-        rows = rows._replace(family=family.to(unknown), optimum=optimum(a).to(unknown))
+        rows = rows._replace(family=family.to(unknown), optimum=optimum.to(unknown))
     return rows, best
+
+
+def _wide(rows: Tensor, b: Tensor) -> Tensor:
+    return rows.view(-1, *[1] * (b.ndim - 1))
+
+
+def _declared(problem: AmortizedModule, name: str, a: Context, random: bool) -> Tensor | None:
+    """What the problem declares as ``optimum`` or ``family_optimum``, if it does; in float64, unless draws blur it anyway."""
+    if not hasattr(problem, name):
+        return None
+    exact = None if random else in_float64(problem, name)(a)
+    declared: Tensor | None = getattr(problem, name)(a) if exact is None else exact
+    return declared
 
 
 def longer(solver: Solver, dtype: torch.dtype) -> Solver:
     """A copy of a solver with ten times the steps and a hundredth of the tolerance, those inside it too."""
     strong = copy.deepcopy(solver)
     for part in strong.modules():
-        if isinstance(part, Solver):
+        if isinstance(part, Solver) and "steps" in vars(part):  # those of MultiStart are its solver's
             part.steps, part.tol = 10 * part.steps, tolerance(part.tol, dtype) / 100
     return strong
+
+
+LEAST = 30
+"""Rows, at least, of a gap that is reported during training."""
 
 
 class Cases(NamedTuple):
@@ -116,7 +151,10 @@ class GapMonitor(Callback):
     """Logs the statistics of :class:`~amortized.metrics.AmortizationGap` as ``val/gap/*`` and ``test/gap/*``.
 
     Every process solves the contexts that it was dealt; each context counts once. During training the monitor spends at most
-    a fraction of the time, by measuring only as many of the first contexts as it can afford: ``val/gap/total`` says how many.
+    a fraction of the time, on a fixed subset of the validation contexts: the first so many of each process, as many as it could
+    afford at its first validations, the same in all later ones and after a resume, so that the curve is of one thing.
+    ``val/gap/total`` says how many. Fewer than 30 (or all, if there are fewer) are not reported; a validation for which there
+    was too little time has no gap.
     Outside training it measures all of them, finds the terms of :func:`~amortized.metrics.decomposition` where the problem
     declares its ``optimum``, and measures the same on the shifted contexts, where the data have some: ``test/shifted/gap/*``.
     At a test it keeps the contexts with the largest gap, of all processes; not of the shifted ones.
@@ -138,11 +176,34 @@ class GapMonitor(Callback):
         self.example: tuple[Context, Tensor, Tensor] | None = None
         self.worst: Cases | None = None
         """After a test, on every process; the index of its rows is the context's place in the test set."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self.count: int | None = None
+        """Contexts of each process that the validations of this run measure; ``None``: not chosen yet."""
         self.seconds = 0.0
-        self._started = 0.0
+        """Spent on them so far."""
+        self._trained = 0.0
+        self._started: float | None = None
+        self._cost = 0.0
         self._seconds_for: dict[int, float] = {}
         """The longest that so many rows took."""
         self._least = 1
+        self._limit: int | None = None
+        self._measured = self._seen = 0
+        self._full, self._before = False, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        trained = self._time()
+        return {"count": self.count, "seconds": self.seconds, "cost": self._cost, "trained": trained}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count, self.seconds, self._cost = (state_dict[name] for name in ("count", "seconds", "cost"))
+        self._trained = state_dict["trained"]
+
+    def _time(self) -> float:
+        """Seconds of training so far, before a resume too."""
+        return self._trained + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     @property
     def table(self) -> GapRows:
@@ -157,15 +218,34 @@ class GapMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, AmortizedModule):
             raise TypeError(f"GapMonitor measures an AmortizedModule; got {type(pl_module).__name__}")
+        try:
+            self.solver.require(pl_module)
+        except TypeError as error:
+            raise ProblemError(f"gap.solver: {error}") from error
+        if stage == "fit":
+            self._begin()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seconds, self._started, self._seconds_for = 0.0, time.perf_counter(), {}
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained, self._started = self._time(), None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for metric in (self.metric, self.shifted_metric):
             metric.to(pl_module.device).reset()
             metric.update(GapRows(*torch.empty(len(GapRows._fields), 0, device=pl_module.device)))
         self.example, self.worst, self.shifted, self._least = None, None, {}, 1
+        self._measured = self._seen = 0
+        self._limit, self._full, self._before = None, False, self.seconds
+        if trainer.sanity_checking:
+            self._limit = 0
+        elif self._rations(trainer) and self.count is not None:
+            affordable = self.max_fraction * self._time() - self.seconds >= self._cost
+            self._limit = self.count if trainer.strategy.broadcast(affordable) else 0
+
+    def _rations(self, trainer: Trainer) -> bool:
+        return trainer.state.fn == "fit" and self.max_fraction < 1
 
     def on_validation_batch_end(
         self,
@@ -180,7 +260,8 @@ class GapMonitor(Callback):
         number = batch_idx * trainer.world_size + trainer.global_rank
         index = number * 2**20 + torch.arange(len(outputs), device=outputs.device)
         at = 0
-        while at < len(outputs) and (n := self._affordable(trainer, len(outputs) - at)):
+        self._seen += len(outputs)
+        while not self._full and at < len(outputs) and (n := self._affordable(trainer, len(outputs) - at)):
             started = time.perf_counter()
             a, b, at = take(batch, slice(at, at + n)), outputs[at : at + n], at + n
             rows, best = measure_gap(
@@ -200,26 +281,52 @@ class GapMonitor(Callback):
                 self.worst = worst_of(
                     cases if self.worst is None else concatenate([self.worst, cases]), self.keep_worst
                 )
+            self._measured += n
             spent = time.perf_counter() - started
             self.seconds += spent
             self._seconds_for[n], self._least = max(spent, self._seconds_for.get(n, 0.0)), n
+        self._full = self._full or at < len(outputs)  # it is the first rows that are measured
 
     def _affordable(self, trainer: Trainer, rows: int) -> int:
         """How many of so many further rows to measure now: all outside training; one, if it is not known what a row costs.
 
-        Rows are solved together until the slowest has ended. So n rows take no longer than more, nor n / k times k of them; but
-        a few, without a slow one among them, may have been quick by luck: within a validation each part is as large as the last,
-        and half as much again must be left as a part is expected to take.
+        Where the subset is being chosen: rows are solved together until the slowest has ended. So n rows take no longer than
+        more, nor n / k times k of them; but a few, without a slow one among them, may have been quick by luck: within a
+        validation each part is as large as the last, and half as much again must be left as a part is expected to take. While
+        there is no time for as many rows as are reported, parts of twice the size tell what those will cost.
         """
-        if trainer.sanity_checking:
-            return 0
-        if trainer.state.fn != "fit" or self.max_fraction == 1:
+        if self._limit is not None:
+            return min(rows, self._limit - self._measured)
+        if not self._rations(trainer):
             return rows
-        left = self.max_fraction * (time.perf_counter() - self._started) - self.seconds
+        left = self.max_fraction * self._time() - self.seconds
         if not self._seconds_for:
             return 1 if left > 0 else 0
+
+        def paid(n: int) -> bool:
+            return min(s * max(1, n / k) for k, s in self._seconds_for.items()) <= left / 1.5
+
+        lacking = min(math.ceil(LEAST / trainer.world_size) - self._measured, rows)
+        if lacking > 0 and not paid(lacking):
+            probe = min(2 * max(self._seconds_for), lacking)
+            return probe if paid(probe) else 0
         sizes = (rows, *(n for k in reversed(range((rows - 1).bit_length())) if (n := 2**k) >= self._least))
-        return next((n for n in sizes if min(s * max(1, n / k) for k, s in self._seconds_for.items()) <= left / 1.5), 0)
+        return next((n for n in sizes if paid(n)), 0)
+
+    def _choose(self, trainer: Trainer) -> None:
+        """Keep to what this validation measured from now on, the same number on all processes, if it is enough."""
+        mine = (self._measured, self._seen)
+        every: list[Any] = [mine]
+        if trainer.world_size > 1:
+            every = [None] * trainer.world_size
+            torch.distributed.all_gather_object(every, mine)
+        rows = sum(seen for _, seen in every)
+        count = min((measured for measured, seen in every if measured < seen), default=rows)
+        if sum(min(count, seen) for _, seen in every) < min(LEAST, rows):
+            count = 0
+        else:
+            self.count = count
+        self.metric.parts = [torch.cat(self.metric.parts)[:count]]  # in the order in which they were measured
 
     def _finish(self, module: LightningModule, split: str) -> None:
         for metric, name in ((self.metric, split), (self.shifted_metric, f"{split}/shifted")):
@@ -235,8 +342,12 @@ class GapMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started = time.perf_counter()
+        if self._rations(trainer) and self._limit is None:
+            self._choose(trainer)
         self._finish(pl_module, "val")
         self.seconds += time.perf_counter() - started
+        if self.count is not None and self._measured:
+            self._cost = self.seconds - self._before
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(pl_module, "test")

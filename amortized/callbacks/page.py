@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 CAPTIONS = {
-    "curves": ("Training", "Left: the training signal and the objective on validation contexts. Right: the gap there."),
+    "curves": ("Training", "The training signal and the objective on validation contexts; the gap there."),
     "gap": (
         "The amortization gap",
         "How far the prediction is above the best that the solver finds, for each context.",
@@ -70,6 +70,7 @@ def page(
     command: str,
     recipe: str,
     footer: str,
+    captions: dict[str, tuple[str, str]] | None = None,
 ) -> str:
     """The HTML, whole: styles and pictures are inside.
 
@@ -83,6 +84,7 @@ def page(
         command: what was typed.
         recipe: every setting, as YAML.
         footer: versions and date.
+        captions: heading and caption of pictures that :data:`CAPTIONS` has not, by name.
     """
     body = [
         f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>",
@@ -93,7 +95,7 @@ def page(
         ),
         "</div>",
     ]
-    for name, (heading, caption) in CAPTIONS.items():
+    for name, (heading, caption) in {**CAPTIONS, **(captions or {})}.items():
         rows = worst if name == "worst" else []
         if name not in pictures and not rows:
             continue

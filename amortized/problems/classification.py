@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.distributions import constraints
 from torch.nn.functional import affine_grid, grid_sample, one_hot
 
 from amortized.contexts import ContextDataModule
 from amortized.module import AmortizedModule
-from amortized.problems.images import handwritten_digits
+from amortized.problems.images import handwritten_digits, show
 
 
 class Labelled(NamedTuple):
@@ -32,6 +33,15 @@ class Labelled(NamedTuple):
     """``(B, 64)``: 8 x 8 pixels in [0, 1]."""
     target: Tensor
     """``p``: ``(B, 10)``, on the simplex."""
+
+
+class _Simplex(constraints.Constraint):
+    """As ``constraints.simplex``, whose sums must be 1 to 1e-6, which those of many classes or in half precision are not."""
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value >= 0).all(-1) & ((value.sum(-1) - 1).abs() < 1e-2)
 
 
 class Classification(AmortizedModule):
@@ -46,6 +56,10 @@ class Classification(AmortizedModule):
         """The minimal value, ``H(p)`` of shape ``(B,)``, at ``b = log p``."""
         return -torch.xlogy(a.target, a.target).sum(1)
 
+    def support(self) -> dict[str, constraints.Constraint]:
+        """A target is a distribution over the classes."""
+        return {"target": _Simplex()}
+
     def observe(self, a: Labelled) -> Tensor:
         """The image ``(B, 64)``."""
         return a.image
@@ -59,7 +73,7 @@ class Classification(AmortizedModule):
         figure = Figure(figsize=(1.3 * len(a.image), 2.6), layout="constrained")
         images, bars = figure.subplots(2, len(a.image), squeeze=False, sharey="row")
         for i, (above, below) in enumerate(zip(images, bars, strict=True)):
-            above.imshow(a.image[i].reshape(8, 8).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+            show(above, a.image[i])
             above.set_axis_off()
             for k, (name, b) in enumerate(solutions.items()):
                 below.bar(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import zipfile
+import math
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 from urllib.error import URLError
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -58,6 +60,8 @@ class Images(ContextDataModule):
         **kwargs: see :class:`~amortized.ContextDataModule`.
     """
 
+    free_to_resume = (*ContextDataModule.free_to_resume, "root")
+
     def __init__(
         self,
         dataset: Dataset = "digits",
@@ -104,12 +108,26 @@ class Images(ContextDataModule):
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
             return torch.from_numpy(images)[order]
         images = read_idx(path)
+        if images.shape[1:] != (28, 28):
+            raise ProblemError(f"{path} holds an array of shape {images.shape}; {self.dataset} has images (N, 28, 28)")
+        if split != "test" and len(images) <= 10_000:
+            raise ProblemError(
+                f"{path} holds {len(images)} images, of which the last 10,000 are for validation: there are none to train on"
+            )
         kept = {"train": slice(0, len(images) - 10_000), "val": slice(len(images) - 10_000, None), "test": slice(None)}
         return torch.from_numpy(images[kept[split]].reshape(-1, 28 * 28))
 
     def augment(self, a: Context, generator: torch.Generator) -> Tensor:
         grey = _unit(a)
         return torch.bernoulli(grey, generator=generator) if self.binarise else grey
+
+
+def show(axes: Axes, pixels: Tensor, height: int | None = None) -> None:
+    """Draw flat grey pixels in [0, 1] as an image: of that height, else as a square, else in one line."""
+    side = math.isqrt(len(pixels))
+    image = pixels.float().reshape(height or (side if side**2 == len(pixels) else 1), -1)
+    aspect: Literal["equal", "auto"] = "equal" if len(image) > 1 else "auto"
+    axes.imshow(image.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1, aspect=aspect)
 
 
 def _unit(grey: Tensor) -> Tensor:
@@ -178,14 +196,14 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             data = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ProblemError(f"{path} is damaged ({error}): fetch it again") from error
-    if len(data) < 8 or data[:3] != b"\x00\x00\x08":
+    if len(data) < 8 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
         raise ProblemError(f"{path} is no IDX file of bytes: it opens with {data[:4]!r}, not with 0, 0, 8, dimensions")
     dimensions = data[3]
-    shape = tuple(int(n) for n in np.frombuffer(data, ">i4", dimensions, 4))
+    shape = tuple(np.frombuffer(data, ">u4", dimensions, 4).tolist())
     body = len(data) - 4 - 4 * dimensions
-    if body != int(np.prod(shape)):
+    if body != math.prod(shape):
         raise ProblemError(f"{path} is damaged: it says it holds {shape} bytes, and holds {body}: fetch it again")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
 
@@ -198,8 +216,8 @@ def read_npz(path: Path) -> np.ndarray:
     """
     try:
         images: np.ndarray = np.load(path, allow_pickle=False)["images"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ProblemError(f"{path} is no readable .npz file with an array 'images': {error}") from error
+    except Exception as error:  # numpy, zipfile and zlib have one for every kind of damage
+        raise ProblemError(f"{path} is no readable .npz file with an array 'images'") from error
     if images.dtype != np.uint8 or images.shape[1:] != (20, 28, 28):
         raise ProblemError(f"{path}: images must be bytes (characters, 20, 28, 28); got {images.dtype} {images.shape}")
     return images

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from amortized.contexts import ContextDataModule
 from amortized.image_files import (
@@ -114,8 +115,10 @@ class StyleTransfer(AmortizedModule):
             style = style + (mean - mean_s).square().sum(1) / (spread + floor)
             off = (covariance - covariance_s).square().sum((1, 2))
             style = style + off / (covariance_s.square().sum((1, 2)) + floor**2)
-        corner = b[..., :-1, :-1]
-        slope = (b[..., 1:, :-1] - corner).square() + (b[..., :-1, 1:] - corner).square()
+        # An image one pixel high or wide is as smooth as two equal lines.
+        lines = pad(b, (0, b.shape[3] == 1, 0, b.shape[2] == 1), mode="replicate") if 1 in b.shape[2:] else b
+        corner = lines[..., :-1, :-1]
+        slope = (lines[..., 1:, :-1] - corner).square() + (lines[..., :-1, 1:] - corner).square()
         outside = (b - b.clamp(0, 1)).square()
         return {
             "content": self.content * content,
@@ -184,6 +187,8 @@ class StylePairs(ContextDataModule):
         features: the frozen network; that of the module.
         **kwargs: see :class:`~amortized.ContextDataModule`.
     """
+
+    free_to_resume = (*ContextDataModule.free_to_resume, "predict_style", "mix", "strength")
 
     def __init__(
         self,

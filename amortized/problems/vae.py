@@ -18,15 +18,16 @@ from typing import Any, Literal
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from torch.quasirandom import SobolEngine
 
 from amortized.contexts import ContextDataModule
-from amortized.evidence import AnnealedImportanceSampling
+from amortized.evidence import Evidence
 from amortized.module import AmortizedModule
 from amortized.posteriors import Posterior, standard_normal
 from amortized.problem import Context, num_rows
+from amortized.problems.images import show
 
 
 class VAE(AmortizedModule):
@@ -55,12 +56,14 @@ class VAE(AmortizedModule):
         eval_samples: estimates of the bound for each image in evaluation.
         evidence: how a test estimates ``log p(a)``, for the approximation gap; ``None`` leaves it unknown.
         freeze_decoder: train the encoder alone, for a given decoder.
+        height: of images that are not square, in pixels, for pictures of them; ``None`` draws those in one line.
         **kwargs: see :class:`~amortized.AmortizedModule`.
     """
 
     sobol: Tensor
     objective_name = "negative ELBO (nats)"
-    free_settings = (*AmortizedModule.free_settings, "evidence", "samples", "eval_samples", "freeze_decoder")
+    free_settings = (*AmortizedModule.free_settings, "evidence", "samples", "eval_samples", "freeze_decoder", "height")
+    free_to_resume = (*AmortizedModule.free_to_resume, "evidence", "height")
 
     def __init__(
         self,
@@ -73,8 +76,9 @@ class VAE(AmortizedModule):
         importance: int = 1,
         samples: int = 1,
         eval_samples: int = 32,
-        evidence: AnnealedImportanceSampling | None = None,
+        evidence: Evidence | None = None,
         freeze_decoder: bool = False,
+        height: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(encoder, **kwargs)
@@ -88,12 +92,16 @@ class VAE(AmortizedModule):
         self.decoder = decoder.requires_grad_(not freeze_decoder)
         self.posterior, self.likelihood, self.sigma, self.beta = posterior, likelihood, sigma, beta
         self.importance, self.samples, self.eval_samples = importance, samples, eval_samples
+        self.height = height
         points = SobolEngine(posterior.latent).draw(importance * max(samples, eval_samples))
         self.register_buffer("sobol", points, persistent=False)
-        if evidence is not None:
-            self.optimum = lambda a: -evidence(self, a)
+        self.evidence = evidence
         if importance > 1:
             self.objective_name = f"negative bound of {importance} draws (nats)"
+
+    def support(self) -> constraints.Constraint:
+        """Of the pixels' likelihood: ``[0, 1]`` or all real numbers."""
+        return constraints.unit_interval if self.likelihood == "bernoulli" else constraints.real
 
     def initial(self, a: Context) -> Tensor:
         """The prior."""
@@ -114,6 +122,10 @@ class VAE(AmortizedModule):
         return math.log(self.importance) - log_weights.unflatten(
             0, (draws // self.importance, self.importance)
         ).logsumexp(1).mean(0)
+
+    def optimum(self, a: Context) -> Tensor | None:
+        """``-log p(a)``, estimated, ``(B,)``; ``None`` without an ``evidence`` to estimate it by."""
+        return None if self.evidence is None else -self.evidence(self, a)
 
     def distortion(self, z: Tensor, a: Context) -> Tensor:
         """``-log p(a | z)`` in nats, ``(S, B)`` for ``z`` ``(S, B, latent)``."""
@@ -146,12 +158,11 @@ class VAE(AmortizedModule):
             share = torch.linspace(0, 1, len(a), device=z.device, dtype=z.dtype)[:, None]
             rows["first to\nlast"] = self.images(torch.lerp(z[:1], z[-1:], share))
         rows["prior"] = self.images(noise[0])
-        side = round(a.shape[1] ** 0.5)
         figure = Figure(figsize=(0.9 * len(a) + 0.8, 0.95 * len(rows)), layout="constrained")
         for line, (name, images) in zip(figure.subplots(len(rows), len(a), squeeze=False), rows.items(), strict=True):
             line[0].set_ylabel(name, fontsize=8)
-            for axes, image in zip(line, images.cpu(), strict=True):
-                axes.imshow(image.reshape(side, side).numpy(), cmap="gray_r", vmin=0, vmax=1)
+            for axes, image in zip(line, images, strict=True):
+                show(axes, image, self.height)
                 axes.set(xticks=[], yticks=[])
         return figure
 

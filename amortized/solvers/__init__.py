@@ -18,7 +18,7 @@ few unknowns, twice differentiable            :class:`Newton`
 
 To refine a prediction inside ``forward``: :class:`LearnedUpdate`, :class:`GradientDescent`, :class:`Adam`,
 :class:`FISTA`, :class:`Anderson`, or the quasi-Newton solvers. For a single problem (B = 1) use
-:class:`amortized.solvers.outside.SciPy`: a round costs mostly the dispatch of its operations, which only many rows pay
+:class:`amortized.solvers.external.SciPy`: a round costs mostly the dispatch of its operations, which only many rows pay
 back. On many rows that are alike and well conditioned, one ``torch.optim.LBFGS`` on the sum of their objectives can be
 as fast; it does not say which rows converged.
 """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from amortized.solvers.gradient import GradientSolver
 
 
-class Moments(NamedTuple):
+class AdamState(NamedTuple):
     """Where Adam is, and its running means of the gradient and of its square."""
 
     b: Tensor
@@ -33,14 +33,14 @@ class Adam(GradientSolver):
 
     Args:
         steps: steps at most; in :meth:`iterates`, the number of iterates.
-        lr: step size α, in units of b.
+        lr: step size α, in units of b; where it is learned, what it starts from.
         betas: decay of the two running means, in [0, 1).
         eps: ε, in units of the gradient.
         decay: let the step size fall to zero over ``steps``.
         learn_lr: make the step size a parameter (its logarithm, so that it stays positive).
         tol: gradient norm at which a row is finished; None chooses by dtype.
         unroll: last steps whose gradients are differentiated; None all, 0 none (first-order).
-        lanes: rows at work at a time; None for all.
+        chunk: rows at work at a time; None for all.
         compile: fuse each round with ``torch.compile``; see :class:`~amortized.solvers.GradientSolver`.
 
     Raises:
@@ -57,35 +57,34 @@ class Adam(GradientSolver):
         learn_lr: bool = False,
         tol: float | None = None,
         unroll: int | None = None,
-        lanes: int | None = None,
+        chunk: int | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(steps, tol, unroll, lanes, compile)
+        super().__init__(steps, tol, unroll, chunk, compile)
         if lr <= 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"lr must be positive and betas in [0, 1), got lr={lr}, betas={betas}")
         self.betas, self.eps, self.decay = betas, eps, decay
-        if learn_lr:
-            self.log_lr = nn.Parameter(torch.tensor(math.log(lr)))
-        self.fixed_lr = None if learn_lr else lr
+        self.lr = lr
+        self.log_lr = nn.Parameter(torch.tensor(math.log(lr))) if learn_lr else None
 
-    def lr(self, k: Tensor) -> Tensor:
+    def step_size(self, k: Tensor) -> Tensor:
         """The step size α_k of each row, after k steps (a floating-point tensor)."""
-        lr = self.log_lr.exp() if self.fixed_lr is None else self.fixed_lr
+        lr = self.lr if self.log_lr is None else self.log_lr.exp()
         fall = 0.5 * (1 + torch.cos(math.pi * k / self.steps)) if self.decay else torch.ones_like(k)
         return lr * fall
 
-    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> Moments:
+    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> AdamState:
         """The first step, from means of zero."""
         zero = torch.zeros_like(b)
-        return self.step(Moments(b, zero, zero, b.new_zeros(len(b), dtype=torch.int32)), value, grad)
+        return self.step(AdamState(b, zero, zero, b.new_zeros(len(b), dtype=torch.int32)), value, grad)
 
-    def step(self, state: Moments, value: Tensor, grad: Tensor) -> Moments:
+    def step(self, state: AdamState, value: Tensor, grad: Tensor) -> AdamState:
         """One step from ``state.b``."""
         beta1, beta2 = self.betas
         iterations = state.iterations + 1
         k = iterations.to(grad.dtype).unsqueeze(1)
-        lr = self.lr(k - 1).to(grad.dtype)
+        lr = self.step_size(k - 1).to(grad.dtype)
         mean = beta1 * state.mean + (1 - beta1) * grad
         square = beta2 * state.square + (1 - beta2) * grad * grad
         size = (square / (1 - beta2**k) + self.eps**2).sqrt()
-        return Moments(state.b - lr * mean / (1 - beta1**k) / size, mean, square, iterations)
+        return AdamState(state.b - lr * mean / (1 - beta1**k) / size, mean, square, iterations)

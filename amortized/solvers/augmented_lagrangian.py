@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from amortized.problem import CommonDraws, Context, is_random, map_leaves, take, value_and_grad
-from amortized.solvers.base import Solution, Solver, Status, Trace, ordinary, tolerance
+from amortized.problem import Context, take, value_and_grad
+from amortized.solvers.base import Solution, Solver, Status, Trace, size, tolerance
 from amortized.solvers.lbfgs import LBFGS
 
 
@@ -19,6 +20,8 @@ class Multiplied(NamedTuple):
     equal: Tensor
     below: Tensor
     rho: Tensor
+    unit: Tensor
+    """The objective's size at the start, 1 at most."""
 
 
 class _Lagrangian:
@@ -50,15 +53,16 @@ class AugmentedLagrangian(Solver):
     The problem has ``equality(b, a)``, ``inequality(b, a)`` or both (:class:`~amortized.problem.Constrained`).
 
     ``residual`` is the larger of the violation ``max(|c|, |max(d, −μ/ρ)|)`` and the gradient norm of the Lagrangian
-    over 1 + ‖∇L‖; it decides which iterate is best, as objectives of infeasible points mean nothing. Where the problem
-    is not convex the point is a local minimum. Infeasible rows end as ``LIMIT``. For quadratic programs use ADMM.
+    over u + ‖∇L‖, with ``u = min(1, max(|L|, ‖∇L‖))`` at the start. It decides which iterate is best, as objectives of
+    infeasible points mean nothing. Where the problem is not convex the point is a local minimum. Infeasible rows end as
+    ``LIMIT``. For quadratic programs use ADMM.
 
     Source: Nocedal & Wright (2006), framework 17.3 with (17.55); Birgin & Martínez (2014) for the penalty.
 
     Args:
         steps: outer rounds at most.
         inner: the solver of each round; None for ``LBFGS(steps=300)``. Its tolerance is set round by round.
-        rho: penalty ρ at the start.
+        rho: penalty ρ at the start, in units of u.
         tol: residual at which a row is finished; None chooses by dtype, times 10.
 
     Raises:
@@ -74,26 +78,26 @@ class AugmentedLagrangian(Solver):
             raise ValueError(f"rho must be positive, got {rho}")
         self.inner, self.rho = inner or LBFGS(steps=300), rho
 
-    def solve(self, problem: Any, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
-        """As :meth:`Solver.solve`, with what is best decided by ``residual``."""
+    def require(self, problem: Any) -> None:
+        """As :meth:`Solver.require`; either kind of constraint will do."""
         if not (hasattr(problem, "equality") or hasattr(problem, "inequality")):
             raise TypeError(
                 f"AugmentedLagrangian needs more of a problem than {type(problem).__name__} has: equality or "
                 "inequality (see amortized.problem); without constraints use LBFGS."
             )
-        with torch.inference_mode(False), torch.no_grad():
-            a, b = map_leaves(ordinary, a), ordinary(b)
-            if len(b) and is_random(problem, b[:1], take(a, slice(0, 1))):
-                problem = CommonDraws(problem)
-            return self._solve(_Lagrangian(problem), a, b, trace)
 
-    def _solve(self, lagrangian: _Lagrangian, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+    def _solve(self, problem: Any, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+        """As :meth:`Solver.solve`, with what is best decided by ``residual``."""
+        lagrangian, inner = _Lagrangian(problem), copy.deepcopy(self.inner)
         tol = self.tol if self.tol is not None else 10 * tolerance(None, b.dtype)
         c, d = lagrangian.constraints(b, a)
-        rho = torch.full_like(c.sum(1), self.rho)
-        state = Multiplied(a, torch.zeros_like(c), torch.zeros_like(d), rho)
+        value, grad = value_and_grad(problem, b, a)
+        unit = size(value, grad.flatten(1).norm(dim=1))
+        unit = torch.where(unit > 0, unit, 1)  # an objective that is zero: feasibility alone
+        rho = self.rho * unit
+        state = Multiplied(a, torch.zeros_like(c), torch.zeros_like(d), rho, unit)
         residual, violation = self._residual(lagrangian, state, b)
-        value, zero = lagrangian.problem.objective(b, a), torch.zeros_like(rho, dtype=torch.int64)
+        zero = torch.zeros_like(rho, dtype=torch.int64)
         finite = value.isfinite() & residual.isfinite()
         status = torch.where(finite, torch.where(residual <= tol, 0, int(Status.LIMIT)), int(Status.DIVERGED))
         best = Solution(b.clone(), value, residual, zero, zero + 1, status)
@@ -102,12 +106,12 @@ class AugmentedLagrangian(Solver):
         for k in range(self.steps):
             if not len(place):
                 break
-            self._tighten(max(tol / 2, 10.0 ** -(k + 1)))
-            found = self.inner.solve(lagrangian, state, at)
+            inner.tol = max(tol / 2, 10.0 ** -(k + 1))
+            found = inner.solve(lagrangian, state, at)
             at, rho = found.b, state.rho.unsqueeze(1)
             c, d = lagrangian.constraints(at, state.a)
             before = state
-            state = Multiplied(state.a, state.equal + rho * c, (state.below + rho * d).clamp(min=0), state.rho)
+            state = Multiplied(state.a, state.equal + rho * c, (state.below + rho * d).clamp(min=0), *state[3:])
             residual, now = self._residual(lagrangian, before, at)
             value = lagrangian.problem.objective(at, state.a)
             finite = value.isfinite() & residual.isfinite() & ~found.diverged
@@ -127,11 +131,6 @@ class AugmentedLagrangian(Solver):
             place, state, at, violation = place[going], take(state, going), at[going], violation[going]
         return best
 
-    def _tighten(self, tol: float) -> None:
-        self.inner.tol = tol
-        if isinstance(self.inner, LBFGS) and self.inner.small is not None:
-            self.inner.small.tol = tol
-
     @staticmethod
     def _residual(lagrangian: _Lagrangian, state: Multiplied, b: Tensor) -> tuple[Tensor, Tensor]:
         c, d = lagrangian.constraints(b, state.a)
@@ -139,5 +138,5 @@ class AugmentedLagrangian(Solver):
         violation = torch.cat([c.abs(), off, torch.zeros_like(state.rho).unsqueeze(1)], 1).amax(1)
         _, grad = value_and_grad(lagrangian, b, state)
         _, own = value_and_grad(lagrangian.problem, b, state.a)
-        scaled = grad.flatten(1).norm(dim=1) / (1 + own.flatten(1).norm(dim=1))
+        scaled = grad.flatten(1).norm(dim=1) / (state.unit + own.flatten(1).norm(dim=1))
         return torch.maximum(violation, scaled), violation

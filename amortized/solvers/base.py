@@ -5,12 +5,13 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from amortized.problem import Context, Problem
+from amortized.problem import CommonDraws, Context, Problem, is_random, leaves, map_leaves, take
 
 Trace: TypeAlias = Callable[[int, Tensor], None]
 """Called after every round with the number of evaluations so far and the best value of each row ``(B,)``."""
@@ -20,13 +21,15 @@ class Status(enum.IntEnum):
     """How a row ended."""
 
     CONVERGED = 0
-    """The residual is at most ``tol``."""
+    """The residual is at most ``tol``, as the solver measures it."""
     LIMIT = 1
     """Out of steps, or no further progress is possible at this precision; the best iterate is returned."""
     DIVERGED = 2
     """A value or a gradient was not finite, and the solver could not step back; the best finite iterate is returned."""
     RUNNING = 3
     """Not ended: only inside the loop."""
+    INFEASIBLE = 4
+    """Proved to have no solution: constraints that contradict each other, or an objective that falls for ever."""
 
 
 class Solution(NamedTuple):
@@ -51,6 +54,16 @@ class Solution(NamedTuple):
         return self.status == Status.CONVERGED
 
     @property
+    def idle(self) -> Tensor:
+        """Which rows converged without a step: from a cold start, a sign of a tolerance above all there is to find ``(B,)``."""
+        return self.converged & (self.iterations == 0)
+
+    @property
+    def infeasible(self) -> Tensor:
+        """Which rows were proved to have no solution ``(B,)``; only solvers with such a proof say so."""
+        return self.status == Status.INFEASIBLE
+
+    @property
     def diverged(self) -> Tensor:
         """Which rows met a value that is not finite and stopped there ``(B,)``."""
         return self.status == Status.DIVERGED
@@ -63,39 +76,21 @@ def tolerance(tol: float | None, dtype: torch.dtype) -> float:
     return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 1e-2)
 
 
-def require(solver: nn.Module, problem: Any, *methods: str) -> None:
-    """Raises ``TypeError``, which names them, unless the problem has all these methods."""
-    missing = [method for method in methods if not hasattr(problem, method)]
-    if missing:
-        raise TypeError(
-            f"{type(solver).__name__} needs more of a problem than {type(problem).__name__} has: "
-            f"{', '.join(missing)} (see amortized.problem); write it, or use LBFGS, which needs only objective."
-        )
-
-
-def check_value(value: Tensor, b: Tensor) -> None:
-    """Raises ``ValueError`` unless an objective returned one number per row."""
-    if value.shape != b.shape[:1]:
-        raise ValueError(
-            f"objective(b, a) returned shape {tuple(value.shape)} for b of shape {tuple(b.shape)}; it must return one "
-            f"value per row, shape ({len(b)},). Sum or average over every dimension but the first."
-        )
-
-
-def ordinary(x: Tensor) -> Tensor:
-    """A detached copy of ``x`` that autograd can work with, also where ``x`` was made under ``inference_mode``."""
-    return x.detach().clone() if x.is_inference() else x.detach()
-
-
 class Solver(nn.Module, abc.ABC):
     """Improves ``b`` for each context ``a``: ``min_b L(b; a)``, B independent problems at once.
 
-    A module, so that learned step sizes are parameters of the model that refines with it.
+    A module, so that learned step sizes are parameters of the model that refines with it. A subclass writes
+    :meth:`_solve`, and :meth:`_iterates` if it can be differentiated through.
 
     Args:
         steps: rounds at most; a round is one evaluation of every row (of its population, for solvers that have one).
-        tol: residual at which a row is finished; None chooses by dtype (1e-6 in float64, 1e-4 in float32).
+        tol: residual at which a row is finished; None chooses by dtype (1e-6 in float64, 1e-4 in float32). A gradient is
+            measured against ``tol · min(1, max(|L|, ‖∇L‖))``, with L at the row's start: an objective in small units is
+            solved as far as one in large. A row that gets no further at its precision has converged at ``tol`` itself.
     """
+
+    needs: tuple[str, ...] = ("objective",)
+    """The methods of a problem that the solver calls."""
 
     def __init__(self, steps: int = 1000, tol: float | None = None) -> None:
         super().__init__()
@@ -103,7 +98,15 @@ class Solver(nn.Module, abc.ABC):
             raise ValueError(f"steps must not be negative, got {steps}")
         self.steps, self.tol = steps, tol
 
-    @abc.abstractmethod
+    def require(self, problem: Any) -> None:
+        """Raises ``TypeError``, which names them, unless the problem has the methods that the solver needs."""
+        missing = [method for method in self.needs if not hasattr(problem, method)]
+        if missing:
+            raise TypeError(
+                f"{type(self).__name__} needs more of a problem than {type(problem).__name__} has: "
+                f"{', '.join(missing)} (see amortized.problem); write it, or use LBFGS, which needs only objective."
+            )
+
     def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
         """The best ``b`` found for each row, from the start ``b`` ``(B, *)``.
 
@@ -121,24 +124,85 @@ class Solver(nn.Module, abc.ABC):
                 their places.
 
         Raises:
+            TypeError: if the problem lacks what the solver needs of it.
             ValueError: if the objective does not return one value per row, or contexts and starts differ in number.
         """
+        with self._prepared(problem, a, b) as (problem, a, b):
+            return self._solve(problem, a, b, trace) if len(b) else _nothing(b)
+
+    @contextmanager
+    def _prepared(self, problem: Problem, a: Context, b: Tensor) -> Iterator[tuple[Problem, Context, Tensor]]:
+        """Checked, with the draws of a random objective fixed; inside, no graph is built, and autograd works."""
+        self.require(problem)
+        with torch.inference_mode(False), torch.no_grad():
+            a, b = map_leaves(ordinary, a), ordinary(b)
+            for leaf in leaves(a):
+                if len(leaf) != len(b):
+                    raise ValueError(
+                        f"got {len(b)} starts and contexts with {len(leaf)} rows; give one start to each context"
+                    )
+            yield fixed(problem, b, a), a, b
+
+    @abc.abstractmethod
+    def _solve(self, problem: Any, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+        """As :meth:`solve`, of one row at least; a random ``problem`` is in :class:`~amortized.problem.CommonDraws`."""
 
     def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
-        """Successive iterates ``(B, *)``, on the graph of ``b`` and of the solver's parameters where gradients are on.
+        """The ``steps`` iterates after ``b``, each ``(B, *)``; nothing is stopped early, no row is dropped.
+
+        Where gradients are on, they are on the graph of ``b``, of the objective's and of the solver's parameters, and
+        can be differentiated through. Where they are off, no graph is built.
 
         Raises:
-            TypeError: if the solver cannot be differentiated through.
+            TypeError: if the solver cannot be differentiated through, or the problem lacks what it needs.
         """
+        self.require(problem)
+        graph = torch.is_grad_enabled()
+        with torch.inference_mode(False):
+            a, b = (a, b) if graph else (map_leaves(ordinary, a), ordinary(b))
+        found = self._iterates(problem, a, b)
+        while True:
+            # Not around the yield: between iterates the caller's own modes hold.
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
+                point = next(found, None)
+            if point is None:
+                return
+            yield point
+
+    def _iterates(self, problem: Any, a: Context, b: Tensor) -> Iterator[Tensor]:
+        """As :meth:`iterates`."""
         raise TypeError(
             f"{type(self).__name__} cannot be differentiated through, so it cannot refine a prediction inside forward; "
             "use GradientDescent, Adam or LBFGS there."
         )
 
 
-def times(matrix: Tensor, x: Tensor) -> Tensor:
-    """Rows ``M x`` of ``x`` ``(L, n)``, for one matrix or one for each row.
+def size(value: Tensor, residual: Tensor) -> Tensor:
+    """``min(1, max(|L|, ‖∇L‖))`` of each row ``(B,)``: what tolerances on gradients are relative to."""
+    return torch.maximum(value.abs(), residual).clamp(max=1)
 
-    Written as ``xᵀ Mᵀ``: as a product with one column, MKL takes up to five times as long.
-    """
-    return x @ matrix.mT if matrix.ndim == 2 else torch.bmm(x.unsqueeze(1), matrix.mT).squeeze(1)
+
+def fixed(problem: Problem, b: Tensor, a: Context) -> Problem:
+    """The problem; if its objective draws random numbers, with its draws fixed by a seed from torch's generator."""
+    if len(b) and hasattr(problem, "objective") and is_random(problem, b[:1], take(a, slice(0, 1))):
+        return CommonDraws(problem)
+    return problem
+
+
+def check_value(value: Tensor, b: Tensor) -> None:
+    """Raises ``ValueError`` unless an objective returned one number per row."""
+    if value.shape != b.shape[:1]:
+        raise ValueError(
+            f"objective(b, a) returned shape {tuple(value.shape)} for b of shape {tuple(b.shape)}; it must return one "
+            f"value per row, shape ({len(b)},). Sum or average over every dimension but the first."
+        )
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """A detached copy of ``x`` that autograd can work with, also where ``x`` was made under ``inference_mode``."""
+    return x.detach().clone() if x.is_inference() else x.detach()
+
+
+def _nothing(b: Tensor) -> Solution:
+    value, count = b.new_empty(0), torch.empty(0, dtype=torch.int64, device=b.device)
+    return Solution(b, value, value.clone(), count, count.clone(), count.clone())

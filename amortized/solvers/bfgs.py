@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amortized.solvers.quasi_newton import Pair, QuasiNewton, Walk
+from amortized.solvers.quasi_newton import Pair, QuasiNewton, QuasiNewtonState
+from amortized.solvers.rows import Layout
 
 
 class Matrix(NamedTuple):
@@ -33,15 +34,15 @@ class BFGS(QuasiNewton):
     The arguments are those of :class:`~amortized.solvers.quasi_newton.QuasiNewton`.
     """
 
-    axis = -1
+    layout = Layout(-1)
 
-    def num_lanes(self, b: Tensor) -> int:
+    def chunk_size(self, b: Tensor) -> int:
         """Rows whose matrices take 8 MB, enough of them to pay for a round's dispatch.
 
         2 MB where rounds are compiled, which a cache then holds; half of that where a call makes two rounds of them.
         """
-        if self.lanes or b.is_cuda:
-            return self.lanes or len(b)
+        if self.chunk or b.is_cuda:
+            return self.chunk or len(b)
         n = b[0].numel()
         size = 2**21 // self.waiting(n) if self.compiled else 2**23
         return min(4096, max(64, size // (n**2 * b.element_size())))
@@ -54,37 +55,39 @@ class BFGS(QuasiNewton):
         """How many pairs wait before they are added to K: those of the rounds compiled together, if K is large."""
         return self.together(n) if self.compiled and not self.tiny(n) else 1
 
-    def ignorant(self, b: Tensor) -> Matrix:
+    def init_hessian(self, b: Tensor) -> Matrix:
         """H = 1."""
         n, size = b.shape
         nothing, zero = b.new_zeros(self.waiting(n), n, size), b.new_zeros(size)
         return Matrix(b.new_zeros(n, n, size), zero, zero + 1, nothing, nothing)
 
-    def learn(self, walk: Walk, pair: Pair, grad: Tensor, accepted: Tensor, paired: Tensor) -> tuple[Matrix, Tensor]:
+    def update_hessian(
+        self, state: QuasiNewtonState, pair: Pair, grad: Tensor, accepted: Tensor, paired: Tensor
+    ) -> tuple[Matrix, Tensor]:
         """Add the pairs that wait to K, if they are as many as may; multiply, and let the new one wait."""
-        H = walk.curvature
+        H = state.hessian
         if len(H.s) == self.waiting(len(grad)):
             H = _added(H)
             h_grad = (H.k * grad).sum(1)
         else:
             h_grad = H.keep * (H.k * grad).sum(1) + H.one * grad
         for u, w in zip(H.s, H.v, strict=True):
-            h_grad = h_grad + u * self.dot(w, grad) + w * self.dot(u, grad)
+            h_grad = h_grad + u * self.layout.dot(w, grad) + w * self.layout.dot(u, grad)
         inverse = 1 / torch.where(paired, pair.sy, 1)
-        scale = torch.where(paired & walk.steepest, pair.sy / pair.yy, 1)
+        scale = torch.where(paired & state.steepest, pair.sy / pair.yy, 1)
         h_grad = scale * h_grad
         # H y is the change of H g, and H g was minus the direction at the point before.
-        h_y = h_grad.detach() + scale * walk.direction.detach()
-        v = inverse * ((0.5 + 0.5 * inverse * self.dot(pair.y, h_y)) * pair.s - h_y)
+        h_y = h_grad.detach() + scale * state.direction.detach()
+        v = inverse * ((0.5 + 0.5 * inverse * self.layout.dot(pair.y, h_y)) * pair.s - h_y)
         s, v = torch.where(paired, pair.s, 0), torch.where(paired, v, 0)
-        h_grad = h_grad + s * self.dot(v, grad) + v * pair.sg
+        h_grad = h_grad + s * self.layout.dot(v, grad) + v * pair.sg
         # What is scaled is H = 1, with no pair waiting.
         s, v = torch.cat([H.s, s.unsqueeze(0)]), torch.cat([H.v, v.unsqueeze(0)])
         return Matrix(H.k, scale * H.keep, scale * H.one, s, v), -h_grad
 
-    def forget(self, curvature: Matrix, rows: Tensor) -> Matrix:
+    def reset(self, hessian: Matrix, rows: Tensor) -> Matrix:
         """H = 1 in the named rows."""
-        k, keep, one, s, v = curvature
+        k, keep, one, s, v = hessian
         return Matrix(
             k, torch.where(rows, 0, keep), torch.where(rows, 1, one), torch.where(rows, 0, s), torch.where(rows, 0, v)
         )

@@ -13,7 +13,7 @@ from amortized.solvers.base import check_value
 from amortized.solvers.rows import Rows, RowSolver
 
 
-class Distribution(NamedTuple):
+class CMAESState(NamedTuple):
     """A normal distribution for each row, and the two paths that its mean has taken."""
 
     mean: Tensor
@@ -42,11 +42,13 @@ class CMAES(RowSolver):
         sigma: σ at the start, in units of b: a third of how far the minimum may be.
         population: λ, points a generation; None for ``4 + 3 ln n``, doubled (rows are cheap in a batch).
         tol: largest standard deviation at which a row is finished; None chooses by dtype.
-        lanes: rows at work at a time; None for all.
+        chunk: rows at work at a time; None for all.
 
     Raises:
         ValueError: if ``sigma`` is not positive or ``population`` less than 4.
     """
+
+    relative = False
 
     def __init__(
         self,
@@ -54,9 +56,9 @@ class CMAES(RowSolver):
         sigma: float = 0.5,
         population: int | None = None,
         tol: float | None = None,
-        lanes: int | None = None,
+        chunk: int | None = None,
     ) -> None:
-        super().__init__(steps, tol, lanes)
+        super().__init__(steps, tol, chunk)
         if sigma <= 0 or (population is not None and population < 4):
             raise ValueError(f"sigma must be positive and population at least 4, got {sigma} and {population}")
         self.sigma, self.population = sigma, population
@@ -65,12 +67,12 @@ class CMAES(RowSolver):
         """Rows with a round distribution about their start."""
         value = problem.objective(b, a)
         check_value(value, b)
-        flat = self._flat(b)
+        flat = self.layout.flat(b)
         size, n = flat.shape
         eye = torch.eye(n, dtype=b.dtype, device=b.device).expand(size, n, n)
         sigma, none = torch.full_like(flat[:, 0], self.sigma), torch.zeros(size, dtype=torch.int32, device=b.device)
         still = torch.zeros_like(flat)
-        return self.enter(flat, value, sigma, Distribution(flat, sigma, eye, still, still, none))
+        return self.enter(flat, value, sigma, CMAESState(flat, sigma, eye, still, still, none))
 
     def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
         """One generation of every row."""
@@ -118,7 +120,7 @@ class CMAES(RowSolver):
         # A row in which nothing was finite looks closer by.
         found = ranked.gather(1, best.unsqueeze(1)).squeeze(1).isfinite()
         some = found.unsqueeze(1)
-        state = Distribution(
+        state = CMAESState(
             mean=torch.where(some, mean + sigma.unsqueeze(1) * step, mean),
             sigma=torch.where(found, widened, sigma / 2),
             covariance=torch.where(some.unsqueeze(2), grown, covariance),

@@ -11,17 +11,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
-from amortized.problem import Context, Problem, leaves, map_leaves, take, value_and_grad
+from amortized.problem import Context, Problem, evaluate, leaves, map_leaves, take, value_and_grad
 from amortized.solvers.base import Status
-from amortized.solvers.unrolled import MOST, Unrolled
+from amortized.solvers.rows import Engine, Rows, put
 
 if TYPE_CHECKING:
     from amortized.solvers.gradient import GradientSolver
-    from amortized.solvers.rows import Rows
 
 
 class Packed(NamedTuple):
@@ -70,61 +68,40 @@ def unpack(packed: Any, forms: Any) -> Any:
     return type(forms)(*(unpack(packed, form) for form in forms))
 
 
-def statuses(packed: Any, forms: Any) -> Tensor:
-    """The status of rows that may be packed."""
-    found: Tensor = packed.status if forms is None else packed.counts[forms.status.line]
-    return found
-
-
-def answers(packed: Any, forms: Any) -> list[Tensor]:
-    """All but the solver's own state, in as few tensors as hold it: the first lines of packed rows."""
-    if forms is None:
-        return list(packed[:-1])
-    lines = [0, 0]
-    for form in forms[:-1]:
-        lines[form.kind] = max(lines[form.kind], form.line + math.prod(form.shape))
-    return [x[:end] for x, end in zip(packed, lines, strict=False)]
-
-
-def unpack_answers(parts: list[Tensor], forms: Any) -> list[Tensor]:
-    """What :func:`answers` gives, field by field."""
-    return parts if forms is None else [unpack(parts, form) for form in forms[:-1]]
-
-
 Start: TypeAlias = Callable[["GradientSolver", Any, Context, Tensor], tuple[Any, Any]]
 Some: TypeAlias = Callable[["GradientSolver", Any, Context, Any, tuple[int, ...]], tuple[Any, Tensor]]
-Tell: TypeAlias = Callable[["GradientSolver", "Rows", Tensor, Tensor], "Rows"]
+Tell: TypeAlias = Callable[["GradientSolver", Rows, Tensor, Tensor], Rows]
 
 
 _compile: Any = functools.partial(torch.compile, fullgraph=True, recompile_limit=64)
 
 
-class _Numbers(TorchDispatchMode):
-    """Counts the numbers that are worked out."""
+class _Numbers(TorchFunctionMode):
+    """Counts the numbers that an objective works out, views of numbers among them."""
 
     count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.count += sum(x.numel() for x in pytree.tree_leaves(out) if isinstance(x, Tensor) and not func.is_view)
+        self.count += out.numel() if isinstance(out, Tensor) else 0
         return out
 
 
-def _vectors(solver: GradientSolver, problem: Problem, a: Context, packed: Any, forms: Any, shape: torch.Size) -> bool:
+def _vectors(solver: GradientSolver, problem: Problem, a: Context, b: Tensor) -> bool:
     """Whether explicit vectors pay: not where most of a round is the comparisons of line searches on a few numbers.
 
     There the masks are converted back and forth, which takes longer than the numbers: twice as long on Rosenbrock's
-    function of 2 unknowns, whose objective and gradient work out 28 numbers. On a logistic regression of 2 unknowns, of
-    20 points and 198 numbers, vectors take 0.7 of the time.
+    function of 2 unknowns, whose objective works out 16 numbers. On a logistic regression of 2 unknowns, of 20 points
+    and 90 numbers, vectors take 0.7 of the time.
     """
-    if not solver.tiny(math.prod(shape[1:])):
+    if not solver.tiny(b[0].numel()):
         return True
-    kind = type(problem), shape[1:]
+    kind = type(problem), b.shape[1:]
     if kind not in _WORK:
         with _Numbers() as numbers:
-            value_and_grad(problem, solver._shaped(unpack(packed, forms).b, shape), a)
-        _WORK[kind] = numbers.count / shape[0]
-    return _WORK[kind] > 100
+            evaluate(problem, b, a)
+        _WORK[kind] = numbers.count / len(b)
+    return _WORK[kind] > 50
 
 
 def _value_and_grad(problem: Any, b: Tensor, a: Context) -> tuple[Tensor, Tensor]:
@@ -162,8 +139,8 @@ def _compiler(n: int, vectors: bool, forms: Any) -> tuple[Some, Tell]:
     ) -> tuple[Any, Tensor]:
         rows = unpack(packed, forms)
         for _ in range(solver.between(rows)):
-            value, grad = _value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
-            rows = solver.tell(rows, value, solver._flat(grad))
+            value, grad = _value_and_grad(problem, solver.layout.shaped(rows.state.b, shape), a)
+            rows = solver.tell(rows, value, solver.layout.flat(grad))
         left = (rows.status == int(Status.RUNNING)).sum()
         return (rows if forms is None else pack(rows)[0]), left
 
@@ -173,9 +150,6 @@ def _compiler(n: int, vectors: bool, forms: Any) -> tuple[Some, Tell]:
     for function in (some, tell):
         _rename(function)
     options: Any = {} if vectors else {"cpp.simdlen": 1}
-    if forms is not None and not vectors and n * n <= MOST:
-        # All rounds in one loop over the rows, of however many operations.
-        options |= {"post_grad_custom_post_pass": Unrolled(), "max_fusion_size": 2**20}
     # What is read twice is stored: else the flags of a row are worked out again for every number of its H.
     options |= {"realize_reads_threshold": 2, "size_asserts": False, "guard_filter_fn": _but_forms}
     return _compile(some, options=options), _compile(tell)
@@ -198,28 +172,83 @@ _WORK: dict[tuple[type, torch.Size], float] = {}
 
 def _packed(solver: GradientSolver, rows: Rows) -> tuple[Any, Any]:
     """Tiny rows as :class:`Packed`, and their forms; larger ones as they are: packing would copy an H in every round."""
-    return pack(rows) if solver.axis and solver.tiny(rows.b.shape[solver.across]) else (rows, None)
+    layout = solver.layout
+    return pack(rows) if layout.axis and solver.tiny(rows.b.shape[layout.across]) else (rows, None)
 
 
-def compiled_start(solver: GradientSolver, problem: Problem, a: Context, b: Tensor) -> tuple[Any, Any]:
-    """Rows that start at ``b``, compiled once for any number of them but one, and the forms of packed ones."""
-    rows, forms = _begin(solver, problem, a, b)
-    if forms is None:
-        # Fresh rows share memory in places, which would compile anew; copies look like all others.
-        rows = map_leaves(_copy, rows)
-    for x in leaves(rows):
-        torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1 if solver.axis else 0)
-    return rows, forms
+class Compiled(Engine):
+    """Rounds compiled once for any number of rows; tiny rows as :class:`Packed`."""
 
+    solver: GradientSolver
+    forms: Any = None
+    """Where a field lies among packed rows; None where rows are as the solver gives them."""
 
-def _begin(solver: GradientSolver, problem: Problem, a: Context, b: Tensor) -> tuple[Any, Any]:
-    if len(b) > 1 and type(problem) not in _UNTRACEABLE:
-        _any_number(a, b)
-        try:
-            return _starter(b[0].numel())(solver, problem, a, b)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            _leave(problem, error)
-    return _packed(solver, solver.begin(problem, a, b))
+    def begin(self, problem: Problem, a: Context, b: Tensor) -> Any:
+        rows, self.forms = self._begin(problem, a, b)
+        if self.forms is None:
+            # Fresh rows share memory in places, which would compile anew; copies look like all others.
+            rows = map_leaves(_copy, rows)
+        for x in leaves(rows):
+            _varies(x, x.ndim - 1 if self.solver.layout.axis else 0)
+        return rows
+
+    def _begin(self, problem: Problem, a: Context, b: Tensor) -> tuple[Any, Any]:
+        if len(b) > 1 and type(problem) not in _UNTRACEABLE:
+            _any_number(a, b)
+            try:
+                return _starter(b[0].numel())(self.solver, problem, a, b)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                _leave(problem, error)
+        return _packed(self.solver, self.solver.begin(problem, a, b))
+
+    def run(self, problem: Problem, a: Context, rows: Any, shape: torch.Size, enough: int) -> Any:
+        """As :meth:`Engine.run`; a single row runs as two: the compiler would make it a case of its own."""
+        if shape[0] == 1:
+            twice = torch.zeros(2, dtype=torch.int64, device=leaves(rows)[0].device)
+            both = self.run(problem, take(a, twice), self.keep(rows, twice), torch.Size((2, *shape[1:])), enough)
+            return self.keep(both, twice[:1])
+        solver, forms = self.solver, self.forms
+        best = solver.layout.shaped(unpack(rows, forms).b, shape)
+        some, tell = _compiler(math.prod(shape[1:]), _vectors(solver, problem, a, best), forms)
+        _any_number(a)
+        left = int((self.status(rows) == Status.RUNNING).sum())
+        if type(problem) not in _UNTRACEABLE:
+            try:
+                while left > enough:
+                    rows, running = some(solver, problem, a, rows, (-1, *shape[1:]))
+                    left = int(running)
+                return rows
+            except torch._dynamo.exc.TorchDynamoException as error:
+                _leave(problem, error)
+        rows = unpack(rows, forms)
+        while int((rows.status == Status.RUNNING).sum()) > enough:
+            for _ in range(solver.between(rows)):
+                value, grad = value_and_grad(problem, solver.layout.shaped(rows.state.b, shape), a)
+                rows = tell(solver, rows, value, solver.layout.flat(grad))
+        return rows if forms is None else pack(rows)[0]
+
+    def status(self, rows: Any) -> Tensor:
+        if self.forms is None:
+            return super().status(rows)
+        status: Tensor = rows.counts[self.forms.status.line]
+        return status
+
+    def answers(self, rows: Any) -> list[Tensor]:
+        """As :meth:`Engine.answers`: the first lines of packed rows."""
+        if self.forms is None:
+            return super().answers(rows)
+        lines = [0, 0]
+        for form in self.forms[:-1]:
+            lines[form.kind] = max(lines[form.kind], form.line + math.prod(form.shape))
+        return [x[:end] for x, end in zip(rows, lines, strict=False)]
+
+    def fields(self, answers: list[Tensor]) -> list[Tensor]:
+        return answers if self.forms is None else [unpack(answers, form) for form in self.forms[:-1]]
+
+    def put(self, rows: Any, index: Tensor, fresh: Any) -> Any:
+        # In place where that is safe: in what compiled rounds returned, if no two of it share memory.
+        own = len({x.untyped_storage().data_ptr() for x in leaves(rows)}) == len(leaves(rows))
+        return put(rows, index, fresh, self.solver.layout.axis, in_place=own)
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -229,7 +258,11 @@ def _copy(x: Tensor) -> Tensor:
 def _any_number(*contexts: Context) -> None:
     """Mark that the number of rows will vary."""
     for x in (leaf for a in contexts for leaf in leaves(a)):
-        torch._dynamo.maybe_mark_dynamic(x, 0)
+        _varies(x, 0)
+
+
+def _varies(x: Tensor, axis: int) -> None:
+    torch._dynamo.maybe_mark_dynamic(x, axis)
 
 
 def _leave(problem: Problem, error: Exception) -> None:
@@ -237,34 +270,3 @@ def _leave(problem: Problem, error: Exception) -> None:
     _UNTRACEABLE.add(type(problem))
     why = str(error).splitlines()[0]
     warnings.warn(f"{type(problem).__name__}.objective stays uncompiled: {why}", stacklevel=3)
-
-
-def compiled_rounds(
-    solver: GradientSolver, problem: Problem, a: Context, packed: Any, forms: Any, shape: torch.Size, enough: int
-) -> Any:
-    """Rounds until at most ``enough`` rows are running, compiled once for any number of rows.
-
-    A single row runs as two: the compiler would make it a case of its own.
-    """
-    if shape[0] == 1:
-        twice = torch.zeros(2, dtype=torch.int64, device=leaves(packed)[0].device)
-        packed, a, shape = solver._keep(packed, twice), take(a, twice), torch.Size((2, *shape[1:]))
-        return solver._keep(compiled_rounds(solver, problem, a, packed, forms, shape, enough), twice[:1])
-    n = math.prod(shape[1:])
-    some, tell = _compiler(n, _vectors(solver, problem, a, packed, forms, shape), forms)
-    _any_number(a)
-    left = int((statuses(packed, forms) == Status.RUNNING).sum())
-    if type(problem) not in _UNTRACEABLE:
-        try:
-            while left > enough:
-                packed, running = some(solver, problem, a, packed, (-1, *shape[1:]))
-                left = int(running)
-            return packed
-        except torch._dynamo.exc.TorchDynamoException as error:
-            _leave(problem, error)
-    rows = unpack(packed, forms)
-    while int((rows.status == Status.RUNNING).sum()) > enough:
-        for _ in range(solver.between(rows)):
-            value, grad = value_and_grad(problem, solver._shaped(rows.state.b, shape), a)
-            rows = tell(solver, rows, value, solver._flat(grad))
-    return rows if forms is None else pack(rows)[0]

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amortized.problem import Composite, Context, map_leaves, value_and_grad
-from amortized.solvers.base import check_value, ordinary, require
-from amortized.solvers.rows import Rows, RowSolver
+from amortized.problem import Composite, Context, value_and_grad
+from amortized.solvers.base import check_value
+from amortized.solvers.rows import Rows, RowSolver, over
 
 
-class Extrapolated(NamedTuple):
+class FISTAState(NamedTuple):
     """The point to take the gradient at, the last iterate, and how far to extrapolate and to step from it."""
 
     b: Tensor
@@ -54,7 +54,7 @@ class FISTA(RowSolver):
         lr: step size s of the first step, in units of b² per unit of L; None estimates it (:meth:`iterates` needs it).
         learn_lr: in :meth:`iterates`, make the step sizes parameters (their logarithms).
         tol: residual at which a row is finished; None chooses by dtype.
-        lanes: rows at work at a time; None for all.
+        chunk: rows at work at a time; None for all.
 
     Raises:
         TypeError: from :meth:`solve`, if the problem lacks ``smooth`` or ``prox``.
@@ -70,9 +70,9 @@ class FISTA(RowSolver):
         lr: float | None = None,
         learn_lr: bool = False,
         tol: float | None = None,
-        lanes: int | None = None,
+        chunk: int | None = None,
     ) -> None:
-        super().__init__(steps, tol, lanes)
+        super().__init__(steps, tol, chunk)
         if (lr is not None and lr <= 0) or (learn_lr and lr is None):
             raise ValueError(f"lr must be positive, and given where learn_lr is set; got lr={lr}")
         self.accelerate, self.lr = accelerate, lr
@@ -80,57 +80,56 @@ class FISTA(RowSolver):
 
     def composite(self, problem: Composite) -> Composite:
         """The problem in the form ``smooth`` + r."""
-        require(self, problem, *self.needs)
         return problem
 
-    def begin(self, problem: Composite, a: Context, b: Tensor) -> Rows:  # type: ignore[override]
+    def begin(self, problem: Composite, a: Context, b: Tensor) -> Rows:
         """Rows at ``prox(b)``: a start where r is infinite would leave nothing to compare with."""
         problem = self.composite(problem)
         size = torch.ones_like(b.flatten(1)[:, 0])
         step = size * self.lr if self.lr else self._guess(problem, a, b)
-        at = torch.where(problem.objective(b, a).isfinite().view(-1, *[1] * (b.ndim - 1)), b, problem.prox(b, step, a))
+        at = torch.where(over(problem.objective(b, a).isfinite(), b), b, problem.prox(b, step, a))
         value = problem.objective(at, a)
         check_value(value, at)
         residual = self._mapping(problem, a, at, step)
-        flat, none = self._flat(at), torch.zeros_like(value, dtype=torch.int32)
-        state = Extrapolated(flat, flat, torch.ones_like(value), step, none, none)
+        flat, none = self.layout.flat(at), torch.zeros_like(value, dtype=torch.int32)
+        state = FISTAState(flat, flat, torch.ones_like(value), step, none, none)
         return self.enter(flat, value, residual, state, evaluations=1 if self.lr else 3)
 
     def _guess(self, problem: Composite, a: Context, b: Tensor) -> Tensor:
         """1 / curvature along the gradient ``(B,)``."""
         _, grad = value_and_grad(_Smooth(problem), b, a)
-        norm = self.dot(self._flat(grad), self._flat(grad)).sqrt()
-        reach = 1e-3 * (1 + self.dot(self._flat(b), self._flat(b)).sqrt()) / norm
-        _, further = value_and_grad(_Smooth(problem), b - reach.view(-1, *[1] * (b.ndim - 1)) * grad, a)
-        change = self._flat(further - grad)
-        step = reach * norm / self.dot(change, change).sqrt()
+        norm = self.layout.dot(self.layout.flat(grad), self.layout.flat(grad)).sqrt()
+        reach = 1e-3 * (1 + self.layout.dot(self.layout.flat(b), self.layout.flat(b)).sqrt()) / norm
+        _, further = value_and_grad(_Smooth(problem), b - over(reach, b) * grad, a)
+        change = self.layout.flat(further - grad)
+        step = reach * norm / self.layout.dot(change, change).sqrt()
         return torch.where(step.isfinite() & (step > 0), step, 1.0)
 
     def _mapping(self, problem: Composite, a: Context, at: Tensor, step: Tensor) -> Tensor:
         _, grad = value_and_grad(_Smooth(problem), at, a)
-        ahead = problem.prox(at - step.view(-1, *[1] * (at.ndim - 1)) * grad, step, a)
-        move = self._flat(at - ahead)
-        return self.dot(move, move).sqrt() / step
+        ahead = problem.prox(at - over(step, at) * grad, step, a)
+        move = self.layout.flat(at - ahead)
+        return self.layout.dot(move, move).sqrt() / step
 
-    def advance(self, problem: Composite, a: Context, rows: Rows, shape: torch.Size) -> Rows:  # type: ignore[override]
+    def advance(self, problem: Composite, a: Context, rows: Rows, shape: torch.Size) -> Rows:
         """One proximal step of every row, or a halving of its step size."""
         problem, state = self.composite(problem), rows.state
-        y, s = state.b, state.step.view(-1, *[1] * (len(shape) - 1))
-        value, grad = value_and_grad(_Smooth(problem), y.reshape(shape), a)
-        b = problem.prox(y.reshape(shape) - s * grad, state.step, a)
+        y, at = state.b, state.b.reshape(shape)
+        value, grad = value_and_grad(_Smooth(problem), at, a)
+        b = problem.prox(at - over(state.step, at) * grad, state.step, a)
         after, objective = problem.smooth(b, a), problem.objective(b, a)
-        b, grad = b.reshape(y.shape), self._flat(grad)
+        b, grad = b.reshape(y.shape), self.layout.flat(grad)
         move = b - y
-        square = self.dot(move, move)
+        square = self.layout.dot(move, move)
         slack = 1e-12 if value.dtype == torch.float64 else 1e-5
-        bound = value + self.dot(grad, move) + square / (2 * state.step) + slack * value.abs()
+        bound = value + self.layout.dot(grad, move) + square / (2 * state.step) + slack * value.abs()
         fits = (after <= bound) | (state.failures >= 60)
         residual = square.sqrt() / state.step
-        uphill = -self.dot(move, b - state.last) > 0
+        uphill = -self.layout.dot(move, b - state.last) > 0
         momentum = (1 + (1 + 4 * state.momentum**2).sqrt()) / 2
         ahead = ((state.momentum - 1) / momentum * ~uphill if self.accelerate else 0 * momentum).unsqueeze(1)
         wide = fits.unsqueeze(1)
-        state = Extrapolated(
+        state = FISTAState(
             b=torch.where(wide, b + ahead * (b - state.last), state.b),
             last=torch.where(wide, b, state.last),
             momentum=torch.where(fits, torch.where(uphill, 1.0, momentum), state.momentum),
@@ -145,8 +144,8 @@ class FISTA(RowSolver):
             merit=merit, recovers=True, stalled=~(value.isfinite() & residual.isfinite()) | (state.failures > 60),
         )  # fmt: skip
 
-    def iterates(self, problem: Composite, a: Context, b: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
-        """``steps`` proximal steps of size ``lr`` after ``b``, each ``(B, *)``, on the graph where gradients are on.
+    def _iterates(self, problem: Composite, a: Context, b: Tensor) -> Iterator[Tensor]:
+        """As :meth:`Solver.iterates`: proximal steps of size ``lr``.
 
         Raises:
             ValueError: if ``lr`` was not given.
@@ -156,14 +155,10 @@ class FISTA(RowSolver):
             raise ValueError(f"{type(self).__name__}.iterates needs a step size: give lr")
         graph, y, t = torch.is_grad_enabled(), b, 1.0
         for k in range(self.steps):
-            with torch.inference_mode(False), torch.set_grad_enabled(graph):
-                if not graph and k == 0:
-                    a, b = map_leaves(ordinary, a), ordinary(b)
-                    y = b
-                s = torch.full_like(b.flatten(1)[:, 0], self.lr) if self.log_lr is None else self.log_lr[k].exp()
-                s = s.to(b.dtype).expand(len(b))
-                _, grad = value_and_grad(_Smooth(problem), y, a, create_graph=graph)
-                before, b = b, problem.prox(y - s.view(-1, *[1] * (b.ndim - 1)) * grad, s, a)
-                t, last = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
-                y = b + (last - 1) / t * (b - before) if self.accelerate else b
+            s = torch.full_like(b.flatten(1)[:, 0], self.lr) if self.log_lr is None else self.log_lr[k].exp()
+            s = s.to(b.dtype).expand(len(b))
+            _, grad = value_and_grad(_Smooth(problem), y, a, create_graph=graph)
+            before, b = b, problem.prox(y - over(s, b) * grad, s, a)
+            t, last = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
+            y = b + (last - 1) / t * (b - before) if self.accelerate else b
             yield b

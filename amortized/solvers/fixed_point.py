@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amortized.problem import Context, FixedPoint, map_leaves
-from amortized.solvers.base import ordinary, require
+from amortized.problem import Context, FixedPoint
 from amortized.solvers.rows import Rows, RowSolver
 
 
-class Mixed(NamedTuple):
+class AndersonState(NamedTuple):
     """The point to apply the map to, and the last m changes of points and of their residuals."""
 
     b: Tensor
@@ -33,8 +32,9 @@ class Anderson(RowSolver):
     ``memory = 0`` it is the damped iteration itself, which converges where ``(1 − β) + β T`` contracts. A row whose
     residual has grown tenfold over its best starts over from there.
 
-    The problem has ``update(b, a) -> (B, *)`` (:class:`~amortized.problem.FixedPoint`). ``residual`` is ‖f‖ and decides
-    which iterate is best; ``value`` is the problem's objective where it has one, else ½ ‖f‖².
+    The problem has ``update(b, a) -> (B, *)`` (:class:`~amortized.problem.FixedPoint`). ``residual`` is ‖f‖, or the error
+    that the problem has in its own units, and decides which iterate is best; ``value`` is the problem's objective where it has
+    one, else half the square of the residual.
 
     Source: Walker & Ni (2011); restarts as in Zhang, O'Donoghue & Boyd (2020), simplified.
 
@@ -44,12 +44,15 @@ class Anderson(RowSolver):
         damping: β in (0, 1].
         regularization: added to ``ΔFᵀΔF``, relative to its trace.
         tol: residual at which a row is finished; None chooses by dtype.
-        lanes: rows at work at a time; None for all.
+        chunk: rows at work at a time; None for all.
 
     Raises:
         TypeError: from :meth:`solve`, if the problem lacks ``update``.
         ValueError: if ``damping`` or ``memory`` is out of range.
     """
+
+    relative = False
+    needs = ("update",)
 
     def __init__(
         self,
@@ -58,38 +61,40 @@ class Anderson(RowSolver):
         damping: float = 1.0,
         regularization: float = 1e-12,
         tol: float | None = None,
-        lanes: int | None = None,
+        chunk: int | None = None,
     ) -> None:
-        super().__init__(steps, tol, lanes)
+        super().__init__(steps, tol, chunk)
         if not 0 < damping <= 1 or memory < 0:
             raise ValueError(f"damping must be in (0, 1] and memory not negative, got {damping} and {memory}")
         self.memory, self.damping, self.regularization = memory, damping, regularization
 
-    def _look(self, problem: Any, a: Context, b: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        f = (problem.update(b.reshape(shape), a)).reshape(b.shape) - b
-        residual = f.norm(dim=1)
+    def _evaluated(self, problem: Any, a: Context, b: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        point = b.reshape(shape)
+        moved = problem.update(point, a)
+        f = moved.reshape(b.shape) - b
+        known = hasattr(problem, "fixed_point_error")
+        residual = problem.fixed_point_error(point, moved, a) if known else f.norm(dim=1)
         value = problem.objective(b.reshape(shape), a) if hasattr(problem, "objective") else residual**2 / 2
         return f, residual, value
 
-    def begin(self, problem: FixedPoint, a: Context, b: Tensor) -> Rows:  # type: ignore[override]
+    def begin(self, problem: FixedPoint, a: Context, b: Tensor) -> Rows:
         """Rows that start at ``b``, with the first damped step."""
-        require(self, problem, "update")
-        flat = self._flat(b)
-        f, residual, value = self._look(problem, a, flat, b.shape)
+        flat = self.layout.flat(b)
+        f, residual, value = self._evaluated(problem, a, flat, b.shape)
         changes = flat.new_zeros(len(flat), self.memory, flat.shape[1])
         none = torch.zeros_like(residual, dtype=torch.int32)
-        state = Mixed(flat + self.damping * f, flat, f, changes, changes, none + 1, none)
+        state = AndersonState(flat + self.damping * f, flat, f, changes, changes, none + 1, none)
         return self.enter(flat, value, residual, state, merit=residual)
 
-    def advance(self, problem: FixedPoint, a: Context, rows: Rows, shape: torch.Size) -> Rows:  # type: ignore[override]
+    def advance(self, problem: FixedPoint, a: Context, rows: Rows, shape: torch.Size) -> Rows:
         """One application of the map to every row, and the mix that follows."""
         state = rows.state
-        f, residual, value = self._look(problem, a, state.b, shape)
+        f, residual, value = self._evaluated(problem, a, state.b, shape)
         ahead, points, residuals, fresh = self._mix(state, f)
         over = ((residual > 10 * rows.residual) | ~residual.isfinite()) & (self.memory > 0)
         # Back to the best point, with nothing remembered: its own residual is looked at again.
         back = over.unsqueeze(1)
-        state = Mixed(
+        state = AndersonState(
             b=torch.where(back, rows.b, ahead),
             last=torch.where(back, rows.b, state.b),
             last_residual=torch.where(back, 0, f),
@@ -102,7 +107,7 @@ class Anderson(RowSolver):
             rows, rows.state.b, value, residual, state, state.iterations, merit=residual, recovers=self.memory > 0
         )
 
-    def _mix(self, state: Mixed, f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _mix(self, state: AndersonState, f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         m, beta = self.memory, self.damping
         if not m:
             return state.b + beta * f, state.points, state.residuals, state.fresh
@@ -119,13 +124,8 @@ class Anderson(RowSolver):
         plain = state.b + beta * f
         return torch.where(ahead.isfinite().all(1, keepdim=True), ahead, plain), points, residuals, state.fresh + 1
 
-    def iterates(self, problem: FixedPoint, a: Context, b: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
-        """``steps`` damped iterates after ``b``, each ``(B, *)``, not accelerated, on the graph if there is one."""
-        require(self, problem, "update")
-        graph = torch.is_grad_enabled()
-        for k in range(self.steps):
-            with torch.inference_mode(False), torch.set_grad_enabled(graph):
-                if not graph and k == 0:
-                    a, b = map_leaves(ordinary, a), ordinary(b)
-                b = (1 - self.damping) * b + self.damping * problem.update(b, a)
+    def _iterates(self, problem: FixedPoint, a: Context, b: Tensor) -> Iterator[Tensor]:
+        """As :meth:`Solver.iterates`: damped iterates, not accelerated."""
+        for _ in range(self.steps):
+            b = (1 - self.damping) * b + self.damping * problem.update(b, a)
             yield b

@@ -10,14 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from amortized.problem import Context, Problem, leaves, map_leaves, value_and_grad
-from amortized.solvers.base import check_value, ordinary
-from amortized.solvers.compiled import compiled_rounds, compiled_start
-from amortized.solvers.rows import Rows, RowSolver, put
+from amortized.problem import Context, Problem, value_and_grad
+from amortized.solvers.base import check_value
+from amortized.solvers.rows import Engine, Rows, RowSolver
 
 
 class State(Protocol):
-    """What a solver remembers of its rows: a ``NamedTuple`` of tensors with rows along the solver's ``axis``."""
+    """What a solver remembers of its rows: a ``NamedTuple`` of tensors with rows along the axis of the solver's layout."""
 
     @property
     def b(self) -> Tensor:
@@ -36,7 +35,7 @@ class GradientSolver(RowSolver):
         tol: gradient norm at which a row is finished; None chooses by dtype.
         unroll: in :meth:`iterates`, the number of last steps in which the gradient's own dependence on ``b`` is
             followed. None follows all; 0 none: first-order, as in first-order MAML; no second derivatives needed.
-        lanes: rows at work at a time; None lets the solver choose.
+        chunk: rows at work at a time; None lets the solver choose.
         compile: fuse each round, the objective included, into a few kernels with ``torch.compile``, which takes tens of
             seconds for each problem, dtype and n. A random objective, a trace and :meth:`iterates` are not compiled. An
             objective that cannot be traced stays as it is, with a warning.
@@ -50,10 +49,10 @@ class GradientSolver(RowSolver):
         steps: int = 1000,
         tol: float | None = None,
         unroll: int | None = None,
-        lanes: int | None = None,
+        chunk: int | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(steps, tol, lanes)
+        super().__init__(steps, tol, chunk)
         self.unroll, self.compiled = unroll, compile
 
     @abc.abstractmethod
@@ -68,40 +67,45 @@ class GradientSolver(RowSolver):
         """Which rows can make no more progress ``(L,)``, if the solver can tell."""
         return None
 
+    def visited(self, state: Any) -> Tensor:
+        """The iterate to hand out ``(L, n)``: the next point, or the last accepted one where points are only trials."""
+        return state.b
+
     def begin(self, problem: Problem, a: Context, b: Tensor) -> Rows:
         """Rows that start at ``b`` ``(L, *)``, evaluated there."""
-        value, grad = value_and_grad(problem, b, a)
-        return self.first(b, value, grad)
+        return self.first(b, *value_and_grad(problem, b, a))
 
     def first(self, b: Tensor, value: Tensor, grad: Tensor) -> Rows:
         """Rows that start at ``b`` ``(L, *)``, where value and gradient are these."""
         check_value(value, b)
-        at, grad = self._flat(b), self._flat(grad)
-        return self.enter(at, value, self.dot(grad, grad).sqrt(), self.init(at, value, grad))
-
-    def start(self, problem: Problem, a: Context, b: Tensor) -> tuple[Any, Any]:
-        """As :meth:`RowSolver.start`; compiled where that is asked for, and then packed if rows are tiny and last."""
-        return compiled_start(self, problem, a, b) if self.compiled else super().start(problem, a, b)
+        at, grad = self.layout.flat(b), self.layout.flat(grad)
+        return self.enter(at, value, self.layout.dot(grad, grad).sqrt(), self.init(at, value, grad))
 
     def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
         """One round: value and gradient of every row where its state asks for them, and what follows from that."""
-        value, grad = value_and_grad(problem, self._shaped(rows.state.b, shape), a)
-        return self.tell(rows, value, self._flat(grad))
+        value, grad = value_and_grad(problem, self.layout.shaped(rows.state.b, shape), a)
+        return self.tell(rows, value, self.layout.flat(grad))
 
-    def rounds(self, problem: Problem, a: Context, rows: Any, forms: Any, shape: torch.Size, enough: int) -> Any:
-        """As :meth:`RowSolver.rounds`; compiled where that is asked for."""
-        if self.compiled:
-            return compiled_rounds(self, problem, a, rows, forms, shape, enough)
-        return super().rounds(problem, a, rows, forms, shape, enough)
+    def tell(self, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
+        """What one evaluation means for each row: its best so far, its status, and its next point."""
+        state = self.step(rows.state, value, grad)
+        residual = self.layout.dot(grad, grad).sqrt()
+        return self.settle(
+            rows, rows.state.b, value, residual, state, state.iterations,
+            stalled=self.stalled(state), recovers=self.recovers,
+        )  # fmt: skip
 
-    def _put(self, rows: Any, index: Tensor, fresh: Any) -> Any:
-        # In place where that is safe: in what compiled rounds returned, if no two of it share memory.
-        own = len({x.untyped_storage().data_ptr() for x in leaves(rows)}) == len(leaves(rows))
-        return put(rows, index, fresh, self.axis, in_place=self.compiled and own)
+    def engine(self) -> Engine:
+        """As :meth:`RowSolver.engine`; compiled where that is asked for."""
+        if not self.compiled:
+            return super().engine()
+        from amortized.solvers.compiled import Compiled  # and with it the compiler, which takes seconds to import
+
+        return Compiled(self)
 
     def between(self, rows: Rows) -> int:
         """As :meth:`RowSolver.between`; whole graphs of them, where rounds are compiled."""
-        together = self.together(rows.b.shape[self.across]) if self.compiled else 1
+        together = self.together(rows.b.shape[self.layout.across]) if self.compiled else 1
         return together * math.ceil(super().between(rows) / together)
 
     def together(self, n: int) -> int:
@@ -112,37 +116,14 @@ class GradientSolver(RowSolver):
         """Whether rows of n numbers have so few that a compiler unrolls every sum over them."""
         return n <= 8
 
-    def tell(self, rows: Rows, value: Tensor, grad: Tensor) -> Rows:
-        """What one evaluation means for each row: its best so far, its status, and its next point."""
-        state = self.step(rows.state, value, grad)
-        residual = self.dot(grad, grad).sqrt()
-        return self.settle(
-            rows, rows.state.b, value, residual, state, state.iterations,
-            stalled=self.stalled(state), recovers=self.recovers,
-        )  # fmt: skip
-
-    def visited(self, state: Any) -> Tensor:
-        """The iterate to hand out ``(L, n)``: the next point, or the last accepted one where points are only trials."""
-        return state.b
-
-    def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
-        """The ``steps`` points visited after ``b``, each ``(B, *)``; nothing is stopped early, no row is dropped.
-
-        Where gradients are on, they are on the graph of ``b``, of the objective's and of the solver's parameters, and
-        can be differentiated through (``unroll`` says how far). Where they are off, no graph is built.
-        """
-        graph, shape = torch.is_grad_enabled(), b.shape
-        state: Any = None
+    def _iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
+        """As :meth:`Solver.iterates`; ``unroll`` says how far gradients are followed."""
+        graph, state, at = torch.is_grad_enabled(), None, self.layout.flat(b)
         for k in range(self.steps):
-            # Not around the yield: between iterates the caller's own modes hold.
-            with torch.inference_mode(False), torch.set_grad_enabled(graph):
-                if not graph and state is None:
-                    a, b = map_leaves(ordinary, a), ordinary(b)
-                follow = graph and (self.unroll is None or k >= self.steps - self.unroll)
-                at = self._flat(b) if state is None else state.b
-                value, grad = value_and_grad(problem, self._shaped(at, shape), a, create_graph=follow)
-                check_value(value, b)
-                value, grad = value if follow else value.detach(), self._flat(grad)
-                state = self.init(at, value, grad) if state is None else self.step(state, value, grad)
-                point = self._shaped(self.visited(state), shape)
-            yield point
+            follow = graph and (self.unroll is None or k >= self.steps - self.unroll)
+            value, grad = value_and_grad(problem, self.layout.shaped(at, b.shape), a, create_graph=follow)
+            check_value(value, b)
+            value, grad = value if follow else value.detach(), self.layout.flat(grad)
+            state = self.init(at, value, grad) if state is None else self.step(state, value, grad)
+            at = state.b
+            yield self.layout.shaped(self.visited(state), b.shape)

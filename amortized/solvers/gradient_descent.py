@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from amortized.solvers.gradient import GradientSolver
 
 
-class Moving(NamedTuple):
+class GradientDescentState(NamedTuple):
     """Where gradient descent is, and how fast it moves."""
 
     b: Tensor
@@ -33,13 +33,13 @@ class GradientDescent(GradientSolver):
 
     Args:
         steps: steps at most; in :meth:`iterates`, the number of iterates.
-        lr: step size α, in units of b² per unit of L.
+        lr: step size α, in units of b² per unit of L; where it is learned, what it starts from.
         momentum: μ in [0, 1).
         learn_lr: make the step size a parameter.
         per_step: a learned step size for each step. Needs ``learn_lr``.
         tol: gradient norm at which a row is finished; None chooses by dtype.
         unroll: last steps whose gradients are differentiated; None all, 0 none (first-order).
-        lanes: rows at work at a time; None for all.
+        chunk: rows at work at a time; None for all.
         compile: fuse each round with ``torch.compile``; see :class:`~amortized.solvers.GradientSolver`.
 
     Raises:
@@ -55,31 +55,32 @@ class GradientDescent(GradientSolver):
         per_step: bool = False,
         tol: float | None = None,
         unroll: int | None = None,
-        lanes: int | None = None,
+        chunk: int | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(steps, tol, unroll, lanes, compile)
+        super().__init__(steps, tol, unroll, chunk, compile)
         if lr <= 0 or not 0 <= momentum < 1:
             raise ValueError(f"lr must be positive and momentum in [0, 1), got lr={lr}, momentum={momentum}")
         if per_step and not learn_lr:
             raise ValueError("per_step asks for a learned step size for each step: set learn_lr as well")
         self.momentum = momentum
         log_lr = torch.full((max(steps, 1) if per_step else 1,), math.log(lr))
-        if learn_lr:
-            self.log_lr = nn.Parameter(log_lr)
-        self.fixed_lr = None if learn_lr else lr
+        self.lr = lr
+        self.log_lr = nn.Parameter(log_lr) if learn_lr else None
 
-    def lr(self, iterations: Tensor) -> Tensor | float:
+    def step_size(self, iterations: Tensor) -> Tensor | float:
         """The step size α_k of each row ``(L, 1)``, after that many steps; a plain number where it is not learned."""
-        if self.fixed_lr is not None:
-            return self.fixed_lr
+        if self.log_lr is None:
+            return self.lr
         return self.log_lr[iterations.clamp(max=len(self.log_lr) - 1)].exp().unsqueeze(1)
 
-    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> Moving:
+    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> GradientDescentState:
         """The first step, from rest."""
-        return self.step(Moving(b, torch.zeros_like(b), b.new_zeros(len(b), dtype=torch.int32)), value, grad)
+        return self.step(
+            GradientDescentState(b, torch.zeros_like(b), b.new_zeros(len(b), dtype=torch.int32)), value, grad
+        )
 
-    def step(self, state: Moving, value: Tensor, grad: Tensor) -> Moving:
+    def step(self, state: GradientDescentState, value: Tensor, grad: Tensor) -> GradientDescentState:
         """One step from ``state.b``."""
-        velocity = self.momentum * state.velocity - (self.lr(state.iterations) * grad).to(grad.dtype)
-        return Moving(state.b + velocity, velocity, state.iterations + 1)
+        velocity = self.momentum * state.velocity - (self.step_size(state.iterations) * grad).to(grad.dtype)
+        return GradientDescentState(state.b + velocity, velocity, state.iterations + 1)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context, Problem
-from amortized.solvers.base import Solution, Trace, times
+from amortized.solvers.base import Solution, Trace
 from amortized.solvers.bfgs import BFGS
-from amortized.solvers.quasi_newton import Pair, QuasiNewton, Walk
+from amortized.solvers.quasi_newton import Pair, QuasiNewton, QuasiNewtonState
+from amortized.solvers.rows import times
 
 
 class Pairs(NamedTuple):
@@ -54,7 +55,7 @@ class LBFGS(QuasiNewton):
             in float64, 2e-5 in float32). Much smaller values stall on ill-conditioned rows.
         first_step: length of the first trial, in units of b; see :class:`~amortized.solvers.quasi_newton.QuasiNewton`.
         unroll: last steps whose gradients are differentiated; None all, 0 none (first-order).
-        lanes: rows at work at a time; None chooses so that the state stays in cache on a CPU, and takes all on a GPU.
+        chunk: rows at work at a time; None chooses so that the state stays in cache on a CPU, and takes all on a GPU.
         compile: fuse each round with ``torch.compile``; see :class:`~amortized.solvers.GradientSolver`.
 
     Raises:
@@ -70,42 +71,43 @@ class LBFGS(QuasiNewton):
         noise: float | None = None,
         first_step: float = 2.0,
         unroll: int | None = None,
-        lanes: int | None = None,
+        chunk: int | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(steps, tol, noise, first_step, unroll, lanes, compile)
+        super().__init__(steps, tol, noise, first_step, unroll, chunk, compile)
         if memory < 1:
             raise ValueError(f"memory must be at least 1, got {memory}")
-        self.memory = memory
-        self.small = BFGS(steps, tol, noise, first_step, unroll, lanes, compile) if dense else None
-        self.dense = dense
+        self.memory, self.dense = memory, dense
 
-    def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
-        """As :meth:`Solver.solve`; with few unknowns by :class:`~amortized.solvers.BFGS`."""
-        if self.small is not None and len(b) and b[0].numel() <= self.dense:
-            return self.small.solve(problem, a, b, trace=trace)
-        return super().solve(problem, a, b, trace=trace)
+    def _solve(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+        """As :meth:`Solver.solve`; with few unknowns by :class:`~amortized.solvers.BFGS` with the same settings."""
+        if b[0].numel() > self.dense:
+            return super()._solve(problem, a, b, trace)
+        full = BFGS(self.steps, self.tol, self.noise, self.first_step, self.unroll, self.chunk, self.compiled)
+        return full._solve(problem, a, b, trace)
 
-    def num_lanes(self, b: Tensor) -> int:
+    def chunk_size(self, b: Tensor) -> int:
         """Rows whose history takes 12 MB, enough of them to pay for a round's dispatch; 4 MB where rounds are compiled."""
-        if self.lanes or b.is_cuda:
-            return self.lanes or len(b)
+        if self.chunk or b.is_cuda:
+            return self.chunk or len(b)
         size = b[0].numel() * 2 * self.memory * b.element_size()
         return max(64, (4 if self.compiled else 12) * 2**20 // size)
 
-    def ignorant(self, b: Tensor) -> Pairs:
+    def init_hessian(self, b: Tensor) -> Pairs:
         """No pairs: slots without weight."""
         (size, n), m, new = b.shape, self.memory, b.new_zeros
         slot = torch.zeros(size, dtype=torch.int64, device=b.device)
         none = new(size, m, m)
         return Pairs(new(size, 2 * m, n), none, none, new(size, m), new(size, 2 * m), new(size) + 1, slot)
 
-    def learn(self, walk: Walk, pair: Pair, grad: Tensor, accepted: Tensor, paired: Tensor) -> tuple[Pairs, Tensor]:
+    def update_hessian(
+        self, state: QuasiNewtonState, pair: Pair, grad: Tensor, accepted: Tensor, paired: Tensor
+    ) -> tuple[Pairs, Tensor]:
         """The pair in place of the oldest; -H grad from two passes over the history.
 
         The slot of the oldest belongs to the pair of the row's next accepted trial, and has no weight until then.
         """
-        m, (history, inverse, gram, diagonal, old, scale, slot) = self.memory, walk.curvature
+        m, (history, inverse, gram, diagonal, old, scale, slot) = self.memory, state.hessian
         products = times(history, grad)
 
         here = torch.arange(m, device=grad.device) == slot.unsqueeze(1)
@@ -122,7 +124,7 @@ class LBFGS(QuasiNewton):
         diagonal = torch.where(here, pair.sy.unsqueeze(1), diagonal)
         scale = torch.where(paired, pair.sy / pair.yy, scale)
         p = torch.where(here, pair.sg.unsqueeze(1), products[:, :m])
-        q = torch.where(here, self.dot(pair.y, grad).unsqueeze(1), products[:, m:])
+        q = torch.where(here, self.layout.dot(pair.y, grad).unsqueeze(1), products[:, m:])
         history = _replace(history, slot, pair, here, paired)
 
         alpha = times(inverse, p)
@@ -136,14 +138,14 @@ class LBFGS(QuasiNewton):
         slot = torch.where(paired, (slot + 1) % m, slot)
         return Pairs(history, inverse, gram, diagonal, products, scale, slot), downhill
 
-    def forget(self, curvature: Pairs, rows: Tensor) -> Pairs:
+    def reset(self, hessian: Pairs, rows: Tensor) -> Pairs:
         """The pairs stay, without weight."""
         one, two = rows.unsqueeze(1), rows[:, None, None]
-        return curvature._replace(
-            inverse=torch.where(two, 0, curvature.inverse),
-            gram=torch.where(two, 0, curvature.gram),
-            diagonal=torch.where(one, 0, curvature.diagonal),
-            scale=torch.where(rows, 1, curvature.scale),
+        return hessian._replace(
+            inverse=torch.where(two, 0, hessian.inverse),
+            gram=torch.where(two, 0, hessian.gram),
+            diagonal=torch.where(one, 0, hessian.diagonal),
+            scale=torch.where(rows, 1, hessian.scale),
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from amortized.solvers.gradient import GradientSolver
 
 
-class Updated(NamedTuple):
+class LearnedUpdateState(NamedTuple):
     """Where the solver is, and how many steps it has taken."""
 
     b: Tensor
@@ -40,7 +40,7 @@ class LearnedUpdate(GradientSolver):
         hidden: widths of the network's hidden layers.
         tol: gradient norm at which a row is finished; None chooses by dtype.
         unroll: last steps whose gradients are differentiated; None all, 0 none.
-        lanes: rows at work at a time; None for all.
+        chunk: rows at work at a time; None for all.
 
     Raises:
         ValueError: if ``lr`` is not positive, or solutions have another number of features.
@@ -54,12 +54,12 @@ class LearnedUpdate(GradientSolver):
         hidden: Sequence[int] = (256, 256),
         tol: float | None = None,
         unroll: int | None = 0,
-        lanes: int | None = None,
+        chunk: int | None = None,
     ) -> None:
-        super().__init__(steps, tol, unroll, lanes)
+        super().__init__(steps, tol, unroll, chunk)
         if lr <= 0:
             raise ValueError(f"lr must be positive, got {lr}")
-        self.features, self.log_lr = features, math.log(lr)
+        self.features, self.lr = features, lr
         widths = [2 * features + 1 + max(steps, 1), *hidden]
         layers: list[nn.Module] = []
         for inward, outward in zip(widths, widths[1:], strict=False):
@@ -69,19 +69,19 @@ class LearnedUpdate(GradientSolver):
         last.weight.data *= 0.01
         self.network = nn.Sequential(*layers, last)
 
-    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> Updated:
+    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> LearnedUpdateState:
         """The first step."""
         if b.shape[1] != self.features:
             raise ValueError(
                 f"LearnedUpdate was made for solutions of {self.features} numbers; these have {b.shape[1]}"
             )
-        return self.step(Updated(b, b.new_zeros(len(b), dtype=torch.int32)), value, grad)
+        return self.step(LearnedUpdateState(b, b.new_zeros(len(b), dtype=torch.int32)), value, grad)
 
-    def step(self, state: Updated, value: Tensor, grad: Tensor) -> Updated:
+    def step(self, state: LearnedUpdateState, value: Tensor, grad: Tensor) -> LearnedUpdateState:
         """One step from ``state.b``."""
         size = (grad.square().mean(1, keepdim=True) + torch.finfo(grad.dtype).tiny).sqrt()
         steps = max(self.steps, 1)
         number = nn.functional.one_hot(state.iterations.long().clamp(max=steps - 1), steps)
         seen = torch.cat([state.b, grad / size, size.log(), number.to(grad.dtype)], 1)
         p, r = self.network(seen.to(next(self.parameters()).dtype)).to(grad.dtype).chunk(2, 1)
-        return Updated(state.b - (self.log_lr + p).exp() * grad + r, state.iterations + 1)
+        return LearnedUpdateState(state.b - (math.log(self.lr) + p).exp() * grad + r, state.iterations + 1)

@@ -39,7 +39,7 @@ def start(t: Tensor, value: Tensor, slope: Tensor) -> Search:
     return Search(t, zero, unknown, value, slope, unknown, unknown, torch.zeros_like(t, dtype=torch.int32))
 
 
-def look(
+def step(
     search: Search, value: Tensor, slope: Tensor, value0: Tensor, slope0: Tensor, noise: float
 ) -> tuple[Tensor, Search]:
     """What ``φ(t)`` and ``φ'(t)`` say: whether the trial is accepted, and the search with its next trial.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amortized.problem import Context, Problem, map_leaves
-from amortized.solvers.base import Solution, Solver, Status, Trace, ordinary
+from amortized.solvers.base import Solution, Solver, Status, Trace
 
 
 class Exploration(NamedTuple):
@@ -32,44 +32,60 @@ class MultiStart(Solver):
         solver: runs from each start.
         starts: K, the starts of each row, the given one among them.
         spread: standard deviation of the others around it, in units of b.
-        match: starts whose values lie within this of the best, relative to 1 + its size, have reached it.
+        match: starts whose values lie within this of the best have reached it; relative to the size of the best plus
+            that of the largest, 1 at most.
 
     Raises:
         ValueError: if ``starts`` is less than 1 or ``spread`` is negative.
     """
 
     def __init__(self, solver: Solver, starts: int = 16, spread: float = 1.0, match: float = 1e-6) -> None:
-        super().__init__(solver.steps, solver.tol)
+        nn.Module.__init__(self)  # with no steps and tol of its own
         if starts < 1 or spread < 0:
             raise ValueError(f"starts must be at least 1 and spread not negative, got {starts} and {spread}")
         self.solver, self.starts, self.spread, self.match = solver, starts, spread, match
 
-    def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
-        """As :meth:`Solver.solve`: the best of all starts."""
-        return self.explore(problem, a, b, trace=trace).best
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        """Those of the solver."""
+        return self.solver.steps
+
+    @property
+    def tol(self) -> float | None:  # type: ignore[override]
+        """That of the solver."""
+        return self.solver.tol
+
+    def require(self, problem: Any) -> None:
+        """As :meth:`Solver.require`: what the solver needs."""
+        self.solver.require(problem)
 
     def explore(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Exploration:
         """The best of all starts, and what became of the others."""
+        with self._prepared(problem, a, b) as (problem, a, b):
+            return self._explore(problem, a, b, trace)
+
+    def _solve(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+        """As :meth:`Solver.solve`: the best of all starts."""
+        return self._explore(problem, a, b, trace).best
+
+    def _explore(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Exploration:
         size, count = len(b), self.starts
-        with torch.inference_mode(False), torch.no_grad():
-            a, b = map_leaves(ordinary, a), ordinary(b)
-            around = b.unsqueeze(1) + self.spread * torch.randn(
-                (size, count, *b.shape[1:]), dtype=b.dtype, device=b.device
-            )
-            around[:, 0] = b
-            many = map_leaves(lambda leaf: leaf.repeat_interleave(count, 0), a)
-            if trace is None:
-                inner = None
-            else:
+        around = b.unsqueeze(1) + self.spread * torch.randn((size, count, *b.shape[1:]), dtype=b.dtype, device=b.device)
+        around[:, 0] = b
+        many = map_leaves(lambda leaf: leaf.repeat_interleave(count, 0), a)
+        if trace is None:
+            inner = None
+        else:
 
-                def inner(evaluations: int, best: Tensor) -> None:
-                    trace(evaluations * count, best.view(size, count).amin(1))
+            def inner(evaluations: int, best: Tensor) -> None:
+                trace(evaluations * count, best.view(size, count).amin(1))
 
-            found = self.solver.solve(problem, many, around.flatten(0, 1), trace=inner)
-            values = torch.where(found.value.isfinite(), found.value, torch.inf).view(size, count)
-            least, which = values.min(1) if size else (values.new_empty(0), found.status)
-            rows = which + count * torch.arange(size, device=b.device)
-            best = Solution(*(leaf[rows] for leaf in found))
-            best = best._replace(evaluations=found.evaluations.view(size, count).sum(1))
-            share = (values <= (least + self.match * (1 + least.abs())).unsqueeze(1)).to(b.dtype).mean(1)
+        found = self.solver.solve(problem, many, around.flatten(0, 1), trace=inner)
+        values = torch.where(found.value.isfinite(), found.value, torch.inf).view(size, count)
+        least, which = values.min(1) if size else (values.new_empty(0), found.status)
+        rows = which + count * torch.arange(size, device=b.device)
+        best = Solution(*(leaf[rows] for leaf in found))
+        best = best._replace(evaluations=found.evaluations.view(size, count).sum(1))
+        unit = values.abs().nan_to_num(posinf=0).amax(1).clamp(max=1) if len(b) else least
+        share = (values <= (least + self.match * (unit + least.abs())).unsqueeze(1)).to(b.dtype).mean(1)
         return Exploration(best, torch.where(best.status == int(Status.DIVERGED), 0, share), values)

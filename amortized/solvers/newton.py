@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from amortized.problem import Context, Problem
-from amortized.solvers.base import check_value, times
-from amortized.solvers.rows import Rows, RowSolver
+from amortized.solvers.base import check_value
+from amortized.solvers.rows import Rows, RowSolver, times
 
 SECULAR = 12
 """Newton steps on the length of the step; they converge in a handful."""
 
 
-class Trusted(NamedTuple):
+class NewtonState(NamedTuple):
     """The accepted point with its quadratic model, a trial ``b``, and the radius in which the model is trusted."""
 
     b: Tensor
@@ -42,13 +42,13 @@ class Newton(RowSolver):
         steps: evaluations after the first, at most; each is a value, a gradient and a Hessian.
         radius: Δ at the start, in units of b.
         tol: gradient norm at which a row is finished; None chooses by dtype.
-        lanes: rows at work at a time; None for all.
+        chunk: rows at work at a time; None for all.
     """
 
     def __init__(
-        self, steps: int = 500, radius: float = 1.0, tol: float | None = None, lanes: int | None = None
+        self, steps: int = 500, radius: float = 1.0, tol: float | None = None, chunk: int | None = None
     ) -> None:
-        super().__init__(steps, tol, lanes)
+        super().__init__(steps, tol, chunk)
         if radius <= 0:
             raise ValueError(f"radius must be positive, got {radius}")
         self.radius = radius
@@ -66,10 +66,10 @@ class Newton(RowSolver):
         """Rows that start at ``b`` ``(L, *)``, with their models there."""
         value, grad, hessian = self.model(problem, b, a)
         check_value(value, b)
-        flat, radius = self._flat(b), torch.full_like(value, self.radius)
+        flat, radius = self.layout.flat(b), torch.full_like(value, self.radius)
         p, predicted = step_within(grad, hessian, radius)
         none = torch.zeros_like(value, dtype=torch.int32)
-        state = Trusted(flat + p, flat, value, grad, hessian, predicted, radius, none)
+        state = NewtonState(flat + p, flat, value, grad, hessian, predicted, radius, none)
         return self.enter(flat, value, grad.norm(dim=1), state)
 
     def advance(self, problem: Problem, a: Context, rows: Rows, shape: torch.Size) -> Rows:
@@ -94,7 +94,7 @@ class Newton(RowSolver):
         hessian0 = torch.where(to.unsqueeze(2), hessian, hessian0)
         iterations = iterations + accepted
         p, predicted = step_within(grad0, hessian0, radius)
-        state = Trusted(
+        state = NewtonState(
             point + p, point, torch.where(accepted, value, value0), grad0, hessian0, predicted, radius, iterations
         )
         stalled = radius <= torch.finfo(value.dtype).eps * (1e-3 + point.norm(dim=1))

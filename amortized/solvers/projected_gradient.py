@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from amortized.problem import Composite, Context, Projectable
-from amortized.solvers.base import require
 from amortized.solvers.fista import FISTA
 
 
@@ -42,7 +41,6 @@ class ProjectedGradient(FISTA):
         """The problem with the projection as its proximal map."""
         if isinstance(problem, _Indicator):
             return problem
-        require(self, problem, *self.needs)
         return _Indicator(problem)
 
     def begin(self, problem: Any, a: Context, b: Tensor) -> Any:

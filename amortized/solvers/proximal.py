@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amortized.solvers.rows import over
+
 
 def l1(b: Tensor, t: Tensor) -> Tensor:
     """Soft thresholding, ``r = ‖x‖₁``: every entry moves ``t`` towards zero.
@@ -18,7 +20,7 @@ def l1(b: Tensor, t: Tensor) -> Tensor:
         b: points ``(B, *)``.
         t: step times weight ``(B,)``.
     """
-    threshold = t.view(-1, *[1] * (b.ndim - 1))
+    threshold = over(t, b)
     return b.sign() * (b.abs() - threshold).clamp(min=0)
 
 
@@ -41,7 +43,7 @@ def box(b: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tensor:
 
 def ball(b: Tensor, radius: float = 1.0) -> Tensor:
     """The nearest point with ``‖x‖₂ ≤ radius`` in each row ``(B, *)``."""
-    length = torch.linalg.vector_norm(b.flatten(1), dim=1).view(-1, *[1] * (b.ndim - 1))
+    length = over(torch.linalg.vector_norm(b.flatten(1), dim=1), b)
     return b * (radius / length).clamp(max=1).nan_to_num(1.0)
 
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amortized.problem import CommonDraws, Context, Problem, is_random, take
+from amortized.problem import Context, Problem
 from amortized.solvers import line_search
+from amortized.solvers.base import fixed
 from amortized.solvers.gradient import GradientSolver
 from amortized.solvers.line_search import Search
 
 
-class Walk(NamedTuple):
+class QuasiNewtonState(NamedTuple):
     """An accepted point, a direction from it, and a trial point on the way."""
 
     b: Tensor
@@ -30,7 +31,7 @@ class Walk(NamedTuple):
     steepest: Tensor
     """Whether the direction is steepest descent, with nothing left to fall back to ``(L,)``."""
     stalled: Tensor
-    curvature: Any
+    hessian: Any
 
 
 class Pair(NamedTuple):
@@ -54,7 +55,7 @@ class QuasiNewton(GradientSolver):
     search fails starts over from steepest descent; where that fails too it has reached its precision, and ends as
     ``LIMIT``.
 
-    A subclass writes :meth:`ignorant`, :meth:`learn` and :meth:`forget`.
+    A subclass writes :meth:`init_hessian`, :meth:`update_hessian` and :meth:`reset`.
 
     Args:
         steps: evaluations after the first, at most; in :meth:`iterates`, the number of iterates.
@@ -65,7 +66,7 @@ class QuasiNewton(GradientSolver):
             evaluation, which the next trial interpolates; one too short is accepted and wasted. Worth tuning where
             ``steps`` are few.
         unroll: last steps whose gradients are differentiated; None all, 0 none (first-order).
-        lanes: rows at work at a time; None chooses so that the state stays in cache on a CPU, and takes all on a GPU.
+        chunk: rows at work at a time; None chooses so that the state stays in cache on a CPU, and takes all on a GPU.
         compile: fuse each round with ``torch.compile``; see :class:`~amortized.solvers.GradientSolver`.
     """
 
@@ -78,63 +79,65 @@ class QuasiNewton(GradientSolver):
         noise: float | None = None,
         first_step: float = 2.0,
         unroll: int | None = None,
-        lanes: int | None = None,
+        chunk: int | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(steps, tol, unroll, lanes, compile)
+        super().__init__(steps, tol, unroll, chunk, compile)
         if first_step <= 0:
             raise ValueError(f"first_step must be positive, got {first_step}")
         self.noise, self.first_step = noise, first_step
 
     @abc.abstractmethod
-    def ignorant(self, b: Tensor) -> Any:
-        """The curvature of rows at ``b`` before their first step, H = 1: a ``NamedTuple`` of row tensors."""
+    def init_hessian(self, b: Tensor) -> Any:
+        """The inverse Hessian H = 1 of rows at ``b`` before their first step: a ``NamedTuple`` of row tensors."""
 
     @abc.abstractmethod
-    def learn(self, walk: Walk, pair: Pair, grad: Tensor, accepted: Tensor, paired: Tensor) -> tuple[Any, Tensor]:
-        """The curvature, with the pair in the ``paired`` rows, and the direction ``-H grad`` with it.
+    def update_hessian(
+        self, state: QuasiNewtonState, pair: Pair, grad: Tensor, accepted: Tensor, paired: Tensor
+    ) -> tuple[Any, Tensor]:
+        """The inverse Hessian H with the pair in the ``paired`` rows, and the direction ``-H grad``.
 
-        What it returns of the curvature may be written in place, unless gradients are on.
+        What it returns of H may be written in place, unless gradients are on.
         """
 
     @abc.abstractmethod
-    def forget(self, curvature: Any, rows: Tensor) -> Any:
-        """The curvature, with H = 1 in the named rows ``(L,)``."""
+    def reset(self, hessian: Any, rows: Tensor) -> Any:
+        """The inverse Hessian, with H = 1 in the named rows ``(L,)``."""
 
     def first_trial(self, grad: Tensor) -> Tensor:
         """A step along −grad of length ``first_step``, but of 10 times the gradient at most."""
-        return (self.first_step / self.dot(grad, grad).sqrt()).clamp(max=10)
+        return (self.first_step / self.layout.dot(grad, grad).sqrt()).clamp(max=10)
 
-    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> Walk:
+    def init(self, b: Tensor, value: Tensor, grad: Tensor) -> QuasiNewtonState:
         """Steepest descent, with the first trial step."""
         value, g = value.detach(), grad.detach()
-        slope = -self.dot(g, g)
+        slope = -self.layout.dot(g, g)
         search = line_search.start(self.first_trial(g), value, slope)
         everywhere = torch.ones_like(value, dtype=torch.bool)
         none = torch.zeros_like(value, dtype=torch.int32)
-        trial = b - self.wide(search.t) * grad
-        return Walk(
-            trial, none, b, value, grad, -grad, slope, search, everywhere, ~everywhere, self.ignorant(b.detach())
+        trial = b - self.layout.wide(search.t) * grad
+        return QuasiNewtonState(
+            trial, none, b, value, grad, -grad, slope, search, everywhere, ~everywhere, self.init_hessian(b.detach())
         )
 
-    def step(self, state: Walk, value: Tensor, grad: Tensor) -> Walk:
-        """One look of the line search, and where it accepts, a new direction."""
+    def step(self, state: QuasiNewtonState, value: Tensor, grad: Tensor) -> QuasiNewtonState:
+        """One trial of the line search, and where it accepts, a new direction."""
         value, g = value.detach(), grad.detach()
-        followed = self.dot(grad, state.direction.detach())
+        followed = self.layout.dot(grad, state.direction.detach())
         slope = followed.detach()
         noise = torch.finfo(g.dtype).eps ** (2 / 3) if self.noise is None else self.noise
-        accepted, search = line_search.look(state.search, value, slope, state.value, state.slope, noise)
+        accepted, search = line_search.step(state.search, value, slope, state.value, state.slope, noise)
         given_up = ~accepted & (search.trials >= line_search.TRIALS)
 
         t, s, y = state.search.t, state.b.detach() - state.point.detach(), g - state.grad.detach()
-        pair = Pair(s, y, t * (slope - state.slope), self.dot(y, y), t * followed)
+        pair = Pair(s, y, t * (slope - state.slope), self.layout.dot(y, y), t * followed)
         paired = accepted & (pair.sy > 0) & (pair.yy > 0)
-        curvature, downhill = self.learn(state, pair, grad, accepted, paired)
-        new_slope = self.dot(downhill.detach(), g)
+        hessian, downhill = self.update_hessian(state, pair, grad, accepted, paired)
+        new_slope = self.layout.dot(downhill.detach(), g)
         unfit = accepted & ~(new_slope < 0)
         restart = (given_up & ~state.steepest) | unfit
 
-        to = self.wide(accepted)
+        to = self.layout.wide(accepted)
         point, point_grad = torch.where(to, state.b, state.point), torch.where(to, grad, state.grad)
         value = torch.where(accepted, value, state.value)
         direction = torch.where(to, downhill, state.direction)
@@ -142,14 +145,14 @@ class QuasiNewton(GradientSolver):
         first = torch.ones_like(slope)
         if not _surely_none(restart):
             known = point_grad.detach()
-            direction = torch.where(self.wide(restart), -point_grad, direction)
-            slope = torch.where(restart, -self.dot(known, known), slope)
+            direction = torch.where(self.layout.wide(restart), -point_grad, direction)
+            slope = torch.where(restart, -self.layout.dot(known, known), slope)
             first = torch.where(restart, self.first_trial(known), first)
-            curvature = self.forget(curvature, restart)
+            hessian = self.reset(hessian, restart)
         anew = line_search.start(first, value, slope)
         search = Search(*(torch.where(accepted | restart, p, q) for p, q in zip(anew, search, strict=True)))
-        return Walk(
-            b=torch.addcmul(point, self.wide(search.t), direction),
+        return QuasiNewtonState(
+            b=torch.addcmul(point, self.layout.wide(search.t), direction),
             iterations=state.iterations + accepted,
             point=point,
             value=value,
@@ -159,23 +162,21 @@ class QuasiNewton(GradientSolver):
             search=search,
             steepest=restart | (state.steepest & ~paired),
             stalled=given_up & state.steepest,
-            curvature=curvature,
+            hessian=hessian,
         )
 
-    def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
+    def _iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
         """As :meth:`GradientSolver.iterates`; step lengths and curvature are constants to autograd.
 
         A random objective keeps its draws from one step to the next, or no line search would make sense.
         """
-        if len(b) and is_random(problem, b[:1], take(a, slice(0, 1))):
-            problem = CommonDraws(problem)
-        return super().iterates(problem, a, b)
+        return super()._iterates(fixed(problem, b, a), a, b)
 
-    def stalled(self, state: Walk) -> Tensor:
+    def stalled(self, state: QuasiNewtonState) -> Tensor:
         """Rows whose steepest descent finds nothing lower."""
         return state.stalled
 
-    def visited(self, state: Walk) -> Tensor:
+    def visited(self, state: QuasiNewtonState) -> Tensor:
         """The accepted point; the trial beyond it may be worse."""
         return state.point
 

@@ -1,0 +1,56 @@
+"""Files and folders that are whole and still there after the power is cut."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows does not open folders, and writes names at once
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: its content reaches the disk before its name does."""
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        sync(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def make(folder: Path) -> Path:
+    """Make a folder and those it lies in, unless they are there."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync(path.parent)
+    return folder
+
+
+def make_new(folder: Path) -> Path:
+    """Make a folder that nobody else has: this one, or the first free one of ``folder-2``, ``folder-3``, ...
+
+    Of processes that ask for the same at once, each gets its own.
+    """
+    make(folder.parent)
+    for number in itertools.count(1):
+        own = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            own.mkdir()
+        except FileExistsError:
+            continue
+        sync(own.parent)
+        return own
+    raise AssertionError("there is no last number")

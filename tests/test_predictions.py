@@ -1,0 +1,191 @@
+"""What ``predict`` writes: every row by its name, a bad one alone not a number, all processes into one folder."""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback
+from runs import Run
+from test_cli import error
+from torch.distributions import Normal
+from toy import Pair, Quadratic
+
+from amortized.cli import main
+
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+KEEPS_NOTHING = ["--trainer.callbacks=test_predictions.KeepsNothing"]
+DIGITS = Path(__file__).parent.parent / "checkpoints" / "vae_digits.ckpt"
+
+
+class Sums(NamedTuple):
+    total: torch.Tensor
+    sign: torch.Tensor
+
+
+class Strict(Quadratic):
+    """Does not stand NaN: not in contexts, not in solutions."""
+
+    def objective(self, b, a):
+        Normal(a, 1.0)
+        return super().objective(b, a)
+
+    def decode(self, b, a):
+        Normal(b, 1.0)
+        return Sums(b.sum(1), b.sign().long())
+
+
+class Difference(Quadratic):
+    def __init__(self, **kwargs):
+        super().__init__(dim=3, **kwargs)
+
+    def observe(self, a):
+        return a.x - a.y
+
+    def objective(self, b, a):
+        return super().objective(b, self.observe(a))
+
+
+class Filed(Quadratic):
+    """A file for each row."""
+
+    def save(self, decoded, paths):
+        files = [path.with_suffix(".npy") for path in paths]
+        for row, file in zip(decoded, files, strict=True):
+            np.save(file, row.numpy())
+        return files
+
+
+class OwnFolder(Callback):
+    """Each process has chosen a folder of its own, as processes launched at different seconds do."""
+
+    def setup(self, trainer, pl_module, stage):
+        if trainer.global_rank:
+            trainer._default_root_dir = f"other-{trainer.global_rank}"
+
+
+class KeepsNothing(Callback):
+    """The trainer does not keep what is written."""
+
+    def on_predict_end(self, trainer, pl_module):
+        assert not any(trainer.predict_loop.predictions)
+
+
+def predict(model, contexts, *options, data="toy.Gaussians"):
+    """Of a network as it is drawn; with this very seed in each call."""
+    if isinstance(contexts, Pair):
+        np.savez("contexts.npz", **{k: v.numpy() for k, v in contexts._asdict().items()})
+    elif contexts is not None:
+        np.save("contexts.npy", contexts.numpy())
+    given = [] if contexts is None else [f"--data.predict={next(Path().glob('contexts.*'))}"]
+    main(["predict", f"--model={model}", f"--data={data}", *given, "--run_folder=out", *QUIET, *options])
+    return dict(np.load("out/predictions.npz")) if Path("out/predictions.npz").is_file() else None
+
+
+def table():
+    with Path("out/predictions.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_bad_row_costs_nothing_but_itself(value):
+    a = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    model = "test_predictions.Strict" if np.isnan(value) else "toy.Quadratic"
+    good = predict(model, torch.cat([a[:2], a[3:]]))
+    a[2, 1] = value
+    with pytest.warns(UserWarning, match="^1 of 6 is not finite: row 2$"):
+        found = predict(model, a)
+    for key in good.keys() - {"name"}:
+        assert np.array_equal(np.delete(found[key], 2, 0), good[key]), key
+    assert not np.isfinite(found["objective"][2])
+    assert all(np.isnan(found[key][2]).all() for key in found if key.startswith("decoded"))
+    a[:] = value
+    with pytest.warns(UserWarning, match=r"^6 of 6 are not finite: row 0, 1, 2, 3, 4, 5$"):
+        found = predict(model, a)
+    assert not np.isfinite(found["objective"]).any()
+
+
+def test_a_nan_pixel_among_six_digits():
+    digits = torch.rand(6, 64, generator=torch.Generator().manual_seed(0)).round()
+    rows = {}
+    for name in ("whole", "broken"):
+        np.save("digits.npy", digits.numpy())
+        main(
+            [
+                "predict",
+                "-c",
+                "vae_digits",
+                f"--ckpt_path={DIGITS}",
+                "--data.predict=digits.npy",
+                "--run_folder=out",
+                *QUIET,
+            ]
+        )
+        rows[name] = dict(np.load("out/predictions.npz"))
+        digits[5, 10] = torch.nan
+    assert {"decoded.mean", "decoded.stddev"} < set(rows["whole"])
+    for key in rows["whole"].keys() - {"name", "objective"}:
+        assert np.allclose(rows["broken"][key][:5], rows["whole"][key][:5], rtol=1e-5, atol=1e-6), key
+        assert np.isnan(rows["broken"][key][5]).all()
+        assert np.isfinite(rows["whole"][key]).all()
+
+
+def test_rows_are_named_and_have_their_contexts_on_request(capfd):
+    a = Pair(*torch.randn(2, 6, 3))
+    found = predict("test_predictions.Difference", a, "--data.eval_batch_size=4", *KEEPS_NOTHING, data="toy.Pairs")
+    assert found["name"].tolist() == [f"{row:06d}" for row in range(6)]
+    assert not [key for key in found if key.startswith("a")]
+    a.y[1, 0] = torch.nan
+    with pytest.warns(UserWarning, match="row 1"):
+        found = predict("test_predictions.Difference", a, "--predictions.contexts=true", data="toy.Pairs")
+    assert np.array_equal(found["a.x"], a.x.numpy())
+    assert np.array_equal(found["a.y"], a.y.numpy(), equal_nan=True)
+    found = predict(
+        "toy.Quadratic", None, "--predictions.contexts=true", "--data.num_test=5", "--trainer.precision=bf16-mixed"
+    )
+    assert found["a"].shape == (5, 3)
+    Path("out/predictions.npz").unlink()
+    command = [
+        "predict",
+        "--model=test_predictions.Filed",
+        "--data=toy.Gaussians",
+        *QUIET,
+        "--predictions.contexts=true",
+    ]
+    assert "predictions.contexts: Filed writes each prediction as a file" in error(command, capfd)
+
+
+def test_of_a_bad_row_no_file_is_written():
+    a = torch.randn(3, 3)
+    a[1] = torch.nan
+    with pytest.warns(UserWarning, match="1 of 3 is not finite"):
+        assert predict("test_predictions.Filed", a) is None
+    assert sorted(file.name for file in Path("out/predictions").iterdir()) == ["000000.npy", "000002.npy"]
+    rows = table()
+    assert [row["file"] for row in rows] == ["000000.npy", "", "000002.npy"]
+    assert rows[1]["objective"] == "nan"
+
+
+@pytest.mark.parametrize("model", ["Filed", "Difference"])
+def test_processes_with_folders_of_their_own_write_into_that_of_the_first(model):
+    data = ["--data=toy.FiniteGaussians"] if model == "Filed" else ["--data=toy.Pairs", "--data.num_test=833"]
+    args = [
+        "predict",
+        f"--model=test_predictions.{model}",
+        *data,
+        "--run_folder=out",
+        *QUIET,
+        "--data.eval_batch_size=100",
+    ]
+    args += ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--trainer.callbacks=test_predictions.OwnFolder"]
+    run = Run(args)
+    assert run.wait() == 0, run.output()
+    assert not list(Path().glob("other-*"))
+    if model == "Filed":
+        names = [f"{row:06d}.npy" for row in range(833)]
+        assert sorted(file.name for file in Path("out/predictions").iterdir()) == names
+        assert [row["file"] for row in table()] == names
+    else:
+        assert np.load("out/predictions.npz")["b"].shape == (833, 3)
