@@ -448,6 +448,9 @@ class AmortizedCLI(LightningCLI):
             kwargs["profiler"] = Unprofiled()
         trainer = super().instantiate_trainer(**kwargs)
         self._check_processes(trainer)
+        self.resumed = self.initial = checkpoint.Newest(
+            None, {}, []
+        )  # Lightning reads what it needs; these may be large
         lean(trainer, plain_step=type(self.model).training_step is AmortizedModule.training_step)
         return trainer
 
@@ -500,7 +503,8 @@ class AmortizedCLI(LightningCLI):
                 f"{folder} holds a trained run, whose results those of an untrained network would replace: name another "
                 "--run_folder"
             )
-        if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process makes it, and tells the others once they are connected
+        # The first process makes it, and tells the others once they are connected.
+        if rank_zero_only.rank:  # type: ignore[attr-defined]
             return folder
         try:
             folder = disk.make_new(folder) if new else disk.make(folder)
