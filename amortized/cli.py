@@ -414,6 +414,8 @@ class AmortizedCLI(LightningCLI):
         self._check_processes(trainer)
         if not os.environ.get("AMORTIZED_DEBUG"):
             tell_faults(trainer, one_line)
+        # Lightning reads the checkpoint itself; these may be large.
+        self.resumed = self.initial = checkpoint.Newest(None, {}, [])
         lean(trainer, plain_step=type(self.model).training_step is AmortizedModule.training_step)
         return trainer
 
@@ -480,7 +482,8 @@ class AmortizedCLI(LightningCLI):
                 f"{folder} holds a trained run, whose results those of an untrained network would replace: name another "
                 "--run_folder"
             )
-        if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process makes it, and tells the others once they are connected
+        # The first process makes it, and tells the others once they are connected.
+        if rank_zero_only.rank:  # type: ignore[attr-defined]
             return folder
         try:
             folder = disk.make_new(folder) if new else disk.make(folder)
