@@ -306,9 +306,9 @@ def test_admm_in_badly_scaled_coordinates() -> None:
     scaled = QuadraticProgram(
         columns.unsqueeze(1) * a.P * columns, columns * a.q, rows.unsqueeze(1) * a.A * columns, rows * a.lower, rows * a.upper
     )  # fmt: skip
-    found = ADMM(rtol=1e-6).solve(problem, scaled, b)
+    found = ADMM().solve(problem, scaled, b)
     assert found.converged.all()
-    assert found.iterations.max() <= 2000
+    assert found.iterations.double().mean() <= 700
     torch.testing.assert_close(found.value, ADMM().solve(problem, a, b).value, atol=1e-3, rtol=0)
 
 

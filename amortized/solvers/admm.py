@@ -56,8 +56,10 @@ class Program(NamedTuple):
     q: Tensor
     lower: Tensor
     upper: Tensor
+    curvature: Tensor
+    """Of the objective, the mean of ‖P_j‖∞ ``(L,)``."""
     size: Tensor
-    """Of the objective, ``max(mean ‖P_j‖∞, ‖q‖∞)``: what ρ is relative to ``(L,)``."""
+    """Of the objective, the larger of that and ‖q‖∞: what ρ is relative to ``(L,)``."""
     matrices: Any
     """:class:`Matrices` of the row, or :class:`Nothing`."""
 
@@ -163,7 +165,7 @@ class ADMM(RowSolver):
     ) -> tuple[Solution, Tensor]:
         program = problem.program(a)
         y = torch.zeros_like(program.lower) if y is None else ordinary(y)
-        programs = _Programs(problem, program, b, trace is not None)
+        programs: Any = _Programs(problem, program, b, trace is not None)
         found = super()._solve(programs, programs.context(a, program), torch.cat([b.flatten(1), y], 1).double(), trace)
         n = b[0].numel()
         x, y = found.b[:, :n].reshape(b.shape).to(b.dtype), found.b[:, n:].to(b.dtype)
@@ -201,7 +203,7 @@ class ADMM(RowSolver):
     def advance(self, problem: _Programs, a: Program, rows: Rows, shape: torch.Size) -> Rows:
         """As many iterations as there are between two checks, and a check."""
         state, m = rows.state, problem.matrices(a)
-        factor = state.factor if problem.own else problem.factor
+        factor: Factor = state.factor if problem.own else problem.factor
         v, z, y, rho = state[:4]
         weight, inverse = m.weight * rho.unsqueeze(1), 1 / (1 + rho.unsqueeze(1) * factor.s)
         light, kq = 1 / weight, times(factor.k.mT, a.q)
@@ -220,8 +222,8 @@ class ADMM(RowSolver):
         # Ever more seldom, at checks 1, 2, 4, 8, ...: a penalty that keeps changing need not converge.
         checks = now.iterations // self.check
         due = ((checks & (checks - 1)) == 0) & ((balance > 2) | (balance < 0.5)) & balance.isfinite()
-        rho = torch.where(due, rho * balance.clamp(0.1, 10), rho)
-        rho = torch.minimum(torch.maximum(rho, 1e-6 * a.size), 1e6 * a.size)
+        other = torch.minimum(torch.maximum(rho * balance.clamp(0.1, 10), 1e-6 * a.size), 1e6 * a.size)
+        rho = torch.where(due, other, rho)
         impossible = _infeasible(a, state, now) | _unbounded(a, state, now)
         now = problem.with_penalty(m, now, rho, due)
         at = torch.cat([x * m.columns, y * m.rows], 1)
@@ -261,13 +263,10 @@ class _Programs:
             equal = (equal | lower.isnan() | upper.isnan()).all(0)
         p, a, columns, rows = _equilibrated(p, a)
         weight = torch.where(equal, EQUALITY, 1.0).to(p.dtype)
-        size = p.abs().amax(-2).mean(-1, keepdim=True)
+        size, eye = p.abs().amax(-2).mean(-1, keepdim=True), torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
         # Of a matrix that is not finite no row can be solved; its rows end by their residuals.
-        finite = torch.where(size.isfinite().unsqueeze(-1), p, torch.eye(p.shape[-1], dtype=p.dtype, device=p.device))
-        shifted = finite - 1e-7 * size.nan_to_num().unsqueeze(-1) * torch.eye(
-            p.shape[-1], dtype=p.dtype, device=p.device
-        )
-        definite = torch.linalg.cholesky_ex(shifted)[1].unsqueeze(-1) == 0
+        finite = torch.where(size.isfinite().unsqueeze(-1), p, eye)
+        definite = torch.linalg.cholesky_ex(finite - 1e-7 * size.nan_to_num().unsqueeze(-1) * eye)[1].unsqueeze(-1) == 0
         sigma = torch.where(definite, 0, PROXIMAL * torch.where(size > 0, size, 1))
         self.all, self.proximal = Matrices(p, a, columns, rows, weight, sigma), not bool(definite.all())
         self.factor = None if self.own else self.factored(self.all._replace(p=finite), None)
@@ -312,9 +311,10 @@ class _Programs:
         q, lower, upper = (leaf.double() for leaf in (program.q, program.lower, program.upper))
         m = self.all
         q = q * m.columns
-        size = torch.maximum(m.p.abs().amax(-2).mean(-1), q.abs().amax(1))
+        curvature = m.p.abs().amax(-2).mean(-1).expand(len(q))
+        size = torch.maximum(curvature, q.abs().amax(1))
         size = torch.where(size > 0, size, 1)
-        return Program(a, q, lower * m.rows, upper * m.rows, size, m if self.own else Nothing())
+        return Program(a, q, lower * m.rows, upper * m.rows, curvature, size, m if self.own else Nothing())
 
     def matrices(self, a: Program) -> Matrices:
         return a.matrices if self.own else self.all
@@ -363,6 +363,6 @@ def _unbounded(a: Program, before: ADMMState, now: ADMMState) -> Tensor:
     change, move = now.x - before.x, now.ax - before.ax
     nothing = 1e-6 * _largest(change)
     stays = torch.where(a.upper.isinf(), 0, move).clamp(min=0) + torch.where(a.lower.isinf(), 0, -move).clamp(min=0)
-    flat = _largest(now.px - before.px) <= nothing * a.size
+    flat = _largest(now.px - before.px) <= nothing * a.curvature
     falls = (a.q * change).sum(1) < -1e-6 * (a.q * change).abs().sum(1)
     return flat & falls & (_largest(stays) <= nothing) & (nothing > 0)

@@ -69,13 +69,12 @@ def jacobian_of(problem: Any, b: Tensor, a: Context) -> tuple[Tensor, Tensor]:
 
 
 def _forward(problem: Any, b: Tensor, a: Context) -> tuple[Tensor, Tensor]:
-    def along(direction: Tensor) -> tuple[Tensor, Tensor]:
+    def along(direction: Tensor) -> Any:
         tangent = direction.view(1, *b.shape[1:]).expand_as(b)
-        both: tuple[Tensor, Tensor] = torch.func.jvp(lambda b: problem.residuals(b, a), (b,), (tangent,))
-        return both
+        return torch.func.jvp(lambda b: problem.residuals(b, a), (b,), (tangent,))
 
-    unit = torch.eye(b[0].numel(), dtype=b.dtype, device=b.device)
-    found: tuple[Tensor, Tensor] = torch.func.vmap(along, out_dims=(None, 2), randomness="same")(unit)
+    unit, out_dims = torch.eye(b[0].numel(), dtype=b.dtype, device=b.device), (None, 2)
+    found: tuple[Tensor, Tensor] = torch.func.vmap(along, out_dims=out_dims, randomness="same")(unit)  # type: ignore[arg-type]
     return found
 
 
