@@ -168,12 +168,12 @@ class Transport(AmortizedModule, abc.ABC):
             span = (high - low).clamp_min(torch.finfo(values.dtype).tiny)
             positive = 1 + (values - low) / span
             u = log_density(g / self.epsilon + positive.log(), beta.weights)
-            return low + span * (self.log_convolve(u, a, self.epsilon, back=True) - log_rows).expm1()
+            average = low + span * (self.log_convolve(u, a, self.epsilon, back=True) - log_rows).expm1()
+            return average.clamp(low, high)  # rounding, which a potential of many epsilon magnifies, may pass them
 
         means = torch.stack([mean(x) for x in beta.points.unbind(-1)], -1)
-        squares = (
-            alpha.points.square().sum(-1) - 2 * (alpha.points * means).sum(-1) + mean(beta.points.square().sum(-1))
-        )
+        spread = (mean(beta.points.square().sum(-1)) - means.square().sum(-1)).clamp_min(0)
+        squares = (alpha.points - means).square().sum(-1) + spread
         return Plan(f + shift, g - shift, means, (alpha.weights * squares).sum(1))
 
     def matrix(self, b: Tensor, a: Context) -> Tensor:
