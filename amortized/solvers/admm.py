@@ -203,7 +203,7 @@ class ADMM(RowSolver):
     def advance(self, problem: _Programs, a: Program, rows: Rows, shape: torch.Size) -> Rows:
         """As many iterations as there are between two checks, and a check."""
         state, m = rows.state, problem.matrices(a)
-        factor: Factor = state.factor if problem.own else problem.factor
+        factor: Any = state.factor if problem.own else problem.factor
         v, z, y, rho = state[:4]
         weight, inverse = m.weight * rho.unsqueeze(1), 1 / (1 + rho.unsqueeze(1) * factor.s)
         light, kq = 1 / weight, times(factor.k.mT, a.q)
