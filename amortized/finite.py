@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from amortized.contexts import ContextDataModule
-from amortized.problem import Context, ProblemError, draws, evaluate, leaves, num_rows, take
+from amortized.contexts.data_module import ContextDataModule
+from amortized.contract import Context, ProblemError, draws, evaluate, leaves, num_rows, take
 
 if TYPE_CHECKING:
     from amortized.module import AmortizedModule

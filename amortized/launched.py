@@ -12,7 +12,7 @@ from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from amortized.problem import ProblemError
+from amortized.contract import ProblemError
 
 OneLine: TypeAlias = Callable[[Exception], str | None]
 """What a person must know of a fault that is theirs to mend; ``None`` for one of ours."""

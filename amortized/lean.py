@@ -10,8 +10,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from amortized.contexts import Batch
-from amortized.problem import check_context
+from amortized.contexts.data_module import Batch
+from amortized.contract import check_context
 
 STEP_HOOKS = (
     "on_train_batch_start",

@@ -27,14 +27,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
 from amortized.checkpoint import MismatchError, mismatch
-from amortized.contexts import ContextDataModule
-from amortized.faults import describe
+from amortized.contexts.data_module import ContextDataModule
+from amortized.contract import (
+    Context,
+    ProblemError,
+    check_objective,
+    draws,
+    evaluate,
+    num_rows,
+    rows_where,
+    stream_seed,
+    take,
+)
+from amortized.contract.faults import describe
 from amortized.finite import FiniteUpdates
 from amortized.lean import LeanModule
-from amortized.losses import Loss, ObjectiveLoss
-from amortized.problem import Context, ProblemError, check_objective, draws, evaluate, num_rows, rows_where, take
+from amortized.losses.objective import Loss, ObjectiveLoss
 from amortized.solvers.base import Solver
-from amortized.streams import stream_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +61,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         network: predicts solutions: ``network(observe(a)) -> b`` of shape ``(B, *)``, the shape of ``initial(a)``.
         refine: a solver whose few differentiable steps from the prediction belong to the model (semi-amortized:
             unrolled optimization, MAML, SA-VAE, learned optimizers). ``None``: fully amortized.
-        loss: the training signal; ``None`` is :class:`~amortized.losses.ObjectiveLoss`.
+        loss: the training signal; ``None`` is :class:`~amortized.losses.objective.ObjectiveLoss`.
         optimizer: makes the optimizer from the module's parameters.
         scheduler: makes the learning-rate scheduler from the optimizer; it steps with every training step.
         compile: compile the training signal with ``torch.compile``, once for each shape of batches: a minute, which long

@@ -20,19 +20,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from amortized.contexts import ContextDataModule
+from amortized.contexts.data_module import ContextDataModule
+from amortized.contract import Context, check_objective, draws, evaluate, is_random, leaves, map_leaves, num_rows, take
 from amortized.module import AmortizedModule
-from amortized.problem import (
-    Context,
-    check_objective,
-    draws,
-    evaluate,
-    is_random,
-    leaves,
-    map_leaves,
-    num_rows,
-    take,
-)
 from amortized.solvers import LBFGS, Status
 
 Check: TypeAlias = Callable[[AmortizedModule, ContextDataModule], None]

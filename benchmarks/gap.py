@@ -33,8 +33,10 @@ import yaml
 from lightning import Trainer
 from torch import Tensor
 
-from amortized import AmortizedModule, ContextDataModule, cli
+from amortized import AmortizedModule, ContextDataModule
 from amortized.callbacks import GapMonitor
+from amortized.cli import app as cli
+from amortized.cli.recipes import recipes
 from amortized.networks import MLP
 from amortized.solvers import LBFGS
 
@@ -64,9 +66,7 @@ class Gaussians(ContextDataModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--quick", action="store_true", help="three turns; a tenth of the steps")
-    parser.add_argument(
-        "--only", nargs="+", choices=cli.recipes(), metavar="RECIPE", help="the shares of these recipes"
-    )
+    parser.add_argument("--only", nargs="+", choices=recipes(), metavar="RECIPE", help="the shares of these recipes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -74,7 +74,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     measurements: list[Callable[[], dict[str, Any]]] = [
         *(lambda size=size: measure(size, 3 if options.quick else 7) for size in (() if options.only else (1024, 256))),  # type: ignore[misc]
-        *(lambda name=name: share(name, options.quick) for name in options.only or cli.recipes()),  # type: ignore[misc]
+        *(lambda name=name: share(name, options.quick) for name in options.only or recipes()),  # type: ignore[misc]
     ]
     rows = []
     for measurement in measurements:
@@ -125,7 +125,7 @@ def measure(size: int, turns: int) -> dict[str, Any]:
 
 def share(name: str, quick: bool) -> dict[str, Any]:
     """Of the time of a recipe's training, what its gap takes."""
-    trainer = yaml.safe_load(cli.recipes()[name].read_text())["trainer"]
+    trainer = yaml.safe_load(recipes()[name].read_text())["trainer"]
     steps, every = (trainer[key] // (10 if quick else 1) for key in ("max_steps", "val_check_interval"))
     spent = {"fit": 0.0, "gap": 0.0}
 

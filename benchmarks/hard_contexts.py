@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from amortized import AmortizedModule, ContextDataModule, HardContexts, Loss, ObjectiveLoss
+from amortized.contract import start_draws
 from amortized.networks import DeepSet, LearnedInitialization, SetTransformer
-from amortized.problem import start_draws
 from amortized.problems.sinusoid import Sinusoid, SinusoidContexts
 from amortized.problems.sphere import Sphere, SphereContexts
 from amortized.solvers import LBFGS, GradientDescent

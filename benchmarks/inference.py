@@ -33,13 +33,13 @@ import torch
 from torch import Tensor
 
 from amortized import checkpoint
-from amortized.callbacks.budget import measure_budget
-from amortized.cli import main as command
-from amortized.evidence import AnnealedImportanceSampling, ImportanceSampling
+from amortized.cli.app import main as command
+from amortized.contract import draws, evaluate
+from amortized.evaluation.budget import measure_budget
 from amortized.networks import MLP
 from amortized.posteriors import DiagonalGaussian, Flow, FullGaussian, Posterior
-from amortized.problem import draws, evaluate
 from amortized.problems import VAE, Images
+from amortized.problems.inference.evidence import AnnealedImportanceSampling, ImportanceSampling
 from amortized.solvers import LBFGS, Adam, GradientDescent, LearnedUpdate, Solver
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from amortized.cli import main as command
+from amortized.cli.app import main as command
 from amortized.problems.simulation.diagnostics import c2st
 
 VALIDATION = 4096

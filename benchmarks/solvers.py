@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amortized.problem import QuadraticProgram, leaves, map_leaves, take, value_and_grad
+from amortized.contract import QuadraticProgram, leaves, map_leaves, take, value_and_grad
 from amortized.solvers import ADMM, BFGS, LBFGS
 from amortized.solvers.base import Solution
 from amortized.solvers.external import QPSolver

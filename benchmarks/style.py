@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from amortized import checkpoint
-from amortized.callbacks.budget import measure_budget
+from amortized.contract import evaluate, num_rows, take
+from amortized.evaluation.budget import measure_budget
 from amortized.networks import Stylization
-from amortized.problem import evaluate, num_rows, take
 from amortized.problems import StylePair, StylePairs, StyleTransfer
 from amortized.solvers import LBFGS, Adam, Solver
 from amortized.solvers.tune import tune

@@ -26,7 +26,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from amortized import AmortizedModule, ContextDataModule
-from amortized.cli import AmortizedCLI
+from amortized.cli.app import AmortizedCLI
 from amortized.networks import MLP
 
 DIM, HIDDEN, BATCH = 20, 128, 1024

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from amortized import checkpoint
-from amortized.problem import evaluate, map_leaves, take
+from amortized.contract import evaluate, map_leaves, take
 from amortized.problems import HistogramPotential, HistogramTransport, ImagePairs
 from amortized.problems.transport import Histograms, Transport
 from amortized.problems.transport.entropic import log_density, temperatures

@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from amortized import checkpoint
-from amortized.problem import take
+from amortized.contract import take
 from amortized.problems import CloudPotential, CloudTransport, HistogramPotential, HistogramTransport, ImagePairs
 from amortized.problems.transport import Clouds
 from amortized.solvers import Anderson

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from amortized import checkpoint
-from amortized.cli import main
+from amortized.cli.app import main
 
 FOLDER = Path(__file__).parent
 QUIET = ("--budget.enabled=false", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")

@@ -8,7 +8,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 import pytest
 import torch
 
-import amortized.cli  # noqa: F401  (what it imports sets environment variables, once)
+import amortized.cli.app  # noqa: F401  (what it imports sets environment variables, once)
 
 torch.set_num_threads(1)  # forked processes can deadlock on a parent's thread pool
 

@@ -26,7 +26,7 @@ def _main(args, log, environment):
         os.dup2(file.fileno(), 2)
     sys.argv = ["amortized"]
     torch.set_num_threads(1)
-    from amortized.cli import main
+    from amortized.cli.app import main
 
     main(args)
 

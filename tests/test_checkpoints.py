@@ -13,8 +13,8 @@ import torch
 
 from amortized import checkpoint
 from amortized.callbacks.checkpoint import Interrupted
-from amortized.cli import main
-from amortized.recipe import differences, same_class
+from amortized.cli.app import main
+from amortized.cli.differences import differences, same_class
 
 MODEL = [
     "--model=toy.Quadratic",
@@ -254,7 +254,7 @@ def test_a_recipe_of_moved_classes_differs_where_it_does():
         "init_args": {"beta": float("nan"), "encoder": {"class_path": "a.MLP"}},
     }
     given = {
-        "class_path": "amortized.problems.vae.VAE",
+        "class_path": "amortized.problems.inference.vae.VAE",
         "init_args": {"beta": float("nan"), "encoder": {"class_path": "b.MLP"}},
     }
     assert differences(saved, given, "model") == []

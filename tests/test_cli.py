@@ -11,8 +11,9 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from amortized.cli import default_threads, main, recipes
-from amortized.parsing import full_names, full_options
+from amortized.cli.app import default_threads, main
+from amortized.cli.parsing import full_names, full_options
+from amortized.cli.recipes import recipes
 
 FAST = [
     "--trainer.max_steps=4",
@@ -270,8 +271,8 @@ def test_compile_without_a_compiler_is_told_in_one_line(capfd, monkeypatch):
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("amortized.callbacks.report.results", lambda *args: {}["ours"])
-    monkeypatch.setattr("amortized.faults.place", lambda error: None)  # the line above is of a test
+    monkeypatch.setattr("amortized.evaluation.results.results", lambda *args: {}["ours"])
+    monkeypatch.setattr("amortized.contract.faults.place", lambda error: None)  # the line above is of a test
     with pytest.raises(KeyError):
         main(["fit", *TOY])
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from toy import LazyGaussians
 
-from amortized.context_files import load_contexts
-from amortized.problem import ProblemError
+from amortized.contexts.files import load_contexts
+from amortized.contract import ProblemError
 
 A = np.arange(18.0).reshape(6, 3) / 8  # exact in every float
 

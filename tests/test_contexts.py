@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from toy import FiniteGaussians, Gaussians, Items, LazyGaussians, Pair, Pairs, Quadratic
 
 from amortized import ContextDataModule, ProblemError
-from amortized.cli import main
-from amortized.problem import num_rows
+from amortized.cli.app import main
+from amortized.contract import num_rows
 
 
 @pytest.mark.parametrize("cls", [Gaussians, FiniteGaussians, LazyGaussians])

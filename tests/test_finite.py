@@ -11,9 +11,9 @@ from torch import nn
 from toy import Gaussians, LateNaN, Quadratic, Sharp
 
 from amortized import AmortizedModule, ProblemError
-from amortized.cli import main
+from amortized.cli.app import main
 from amortized.finite import FiniteUpdates
-from amortized.hard_contexts import HardContexts
+from amortized.losses.hard_contexts import HardContexts
 from amortized.solvers import GradientDescent
 
 STEPS = 8

@@ -13,9 +13,9 @@ from runs import Run, metrics
 from toy import DeclaredMeanField, FiniteGaussians, Gaussians, MeanField, Precisions, Quadratic
 
 from amortized.callbacks import GapMonitor, measure_gap
-from amortized.callbacks.advice import advice
-from amortized.callbacks.budget import measure_budget
-from amortized.metrics import AmortizationGap, GapRows, gap_statistics
+from amortized.evaluation.advice import advice
+from amortized.evaluation.budget import measure_budget
+from amortized.evaluation.metric import AmortizationGap, GapRows, gap_statistics
 from amortized.solvers import LBFGS, GaussNewton, GradientDescent, MultiStart
 
 
@@ -290,7 +290,7 @@ def test_the_usual_pattern_is_wrong_on_the_same_contexts():
 
 
 def test_metrics_file_has_the_curves(tmp_path):
-    from amortized.cli import main
+    from amortized.cli.app import main
 
     main(
         [
@@ -520,7 +520,7 @@ def test_relative_gaps_are_left_out_where_the_optimum_is_zero():
     [("ADMM", "program"), ("FISTA", "smooth, prox"), ("AugmentedLagrangian", "equality or inequality")],
 )
 def test_a_solver_that_lacks_its_structure_is_refused_before_the_first_step(command, solver, missing, capsys):
-    from amortized.cli import main
+    from amortized.cli.app import main
 
     with pytest.raises(SystemExit) as stop:
         main(
@@ -545,7 +545,7 @@ def test_a_solver_that_lacks_its_structure_is_refused_before_the_first_step(comm
 
 
 def test_an_unbounded_objective_is_told_at_the_end(capsys):
-    from amortized.cli import main
+    from amortized.cli.app import main
 
     main(
         ["fit", "--model=test_gap.Slope", "--data=toy.Gaussians", "--data.num_test=64", "--trainer.accelerator=cpu"]

@@ -10,9 +10,9 @@ from toy import FiniteGaussians, Gaussians, LateNaN, Pairs, Quadratic, Sharp
 
 from amortized import ProblemError
 from amortized.callbacks import measure_gap
-from amortized.cli import main
-from amortized.metrics import AmortizationGap
-from amortized.problem import draws, leaves
+from amortized.cli.app import main
+from amortized.contract import draws, leaves
+from amortized.evaluation.metric import AmortizationGap
 from amortized.solvers import LBFGS, Adam, GradientDescent
 
 pytestmark = pytest.mark.gpu

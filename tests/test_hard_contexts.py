@@ -11,8 +11,8 @@ from torch.nn.utils import parameters_to_vector
 from toy import Gaussians, Quadratic
 
 from amortized import HardContexts, IterateLoss, Loss, ObjectiveLoss, ProblemError, RegressionLoss
-from amortized.cli import main
-from amortized.problem import draws, value_and_grad
+from amortized.cli.app import main
+from amortized.contract import draws, value_and_grad
 from amortized.solvers import LBFGS, GradientDescent
 
 CPU = torch.device("cpu")

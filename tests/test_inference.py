@@ -11,16 +11,17 @@ from torch import nn
 from toy import Quadratic
 
 from amortized import Pretrained, checkpoint
-from amortized.callbacks.gap import measure_gap
 from amortized.checkpoint import CheckpointError, sha256
-from amortized.cli import main
-from amortized.evidence import AnnealedImportanceSampling, ImportanceSampling
-from amortized.metrics import decomposition
+from amortized.cli.app import main
+from amortized.contexts import images
+from amortized.contract import ProblemError, draws, evaluate
+from amortized.evaluation.gap import measure_gap
+from amortized.evaluation.metric import decomposition
 from amortized.networks import MLP, ConvDecoder, ConvEncoder
 from amortized.posteriors import DiagonalGaussian, Flow, FullGaussian, normal_points, standard_normal
-from amortized.problem import ProblemError, draws, evaluate
-from amortized.problems import VAE, Images, LinearGaussian, LinearGaussianContexts, images
-from amortized.problems.linear_gaussian import loadings
+from amortized.problems import VAE, Images, LinearGaussian, LinearGaussianContexts
+from amortized.problems.inference.evidence import AnnealedImportanceSampling, ImportanceSampling
+from amortized.problems.inference.linear_gaussian import loadings
 from amortized.solvers import LBFGS, GradientDescent, LearnedUpdate
 
 CPU = torch.device("cpu")

@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 
-from amortized.cli import AmortizedCLI, main
-from amortized.loggers import MetricsLogger, wandb_logger
+from amortized.cli.app import AmortizedCLI, main
+from amortized.loggers.csv import MetricsLogger
+from amortized.loggers.wandb import wandb_logger
 
 FIT = [
     "fit",

@@ -3,8 +3,9 @@ import torch
 from toy import Pair, Quadratic
 
 from amortized import IterateLoss, ObjectiveLoss, ProblemError, RegressionLoss
-from amortized.losses import LogObjectiveLoss, row_hashes
-from amortized.problem import num_rows
+from amortized.contract import num_rows
+from amortized.losses.objective import LogObjectiveLoss
+from amortized.losses.regression import row_hashes
 from amortized.solvers import LBFGS, GradientDescent, Solver
 
 

@@ -13,7 +13,7 @@ from test_cli import error
 from torch.distributions import Normal
 from toy import Pair, Quadratic
 
-from amortized.cli import main
+from amortized.cli.app import main
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 KEEPS_NOTHING = ["--trainer.callbacks=test_predictions.KeepsNothing"]

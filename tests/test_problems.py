@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import vector_to_parameters
 
-from amortized.contexts import ContextDataModule
-from amortized.evidence import AnnealedImportanceSampling
+from amortized.contexts.data_module import ContextDataModule
+from amortized.contract import map_leaves, num_rows, value_and_grad
 from amortized.module import AmortizedModule
 from amortized.networks import (
     MLP,
@@ -22,11 +22,6 @@ from amortized.networks import (
     Stylization,
 )
 from amortized.posteriors import DiagonalGaussian, Flow, FullGaussian
-from amortized.problem import (
-    map_leaves,
-    num_rows,
-    value_and_grad,
-)
 from amortized.problems import (
     SLCP,
     VAE,
@@ -56,6 +51,7 @@ from amortized.problems import (
     StyleTransfer,
     TwoMoons,
 )
+from amortized.problems.inference.evidence import AnnealedImportanceSampling
 from amortized.solvers import LBFGS, GradientDescent, LearnedUpdate
 from amortized.testing import CHECKS, check_problem, equal
 

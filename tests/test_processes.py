@@ -9,7 +9,8 @@ import pytest
 import yaml
 from test_recipes import skip_without_data
 
-from amortized.cli import main, recipes
+from amortized.cli.app import main
+from amortized.cli.recipes import recipes
 
 TWO = [
     "--trainer.devices=2",

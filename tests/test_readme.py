@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from amortized.cli import main, recipes
+from amortized.cli.app import main
+from amortized.cli.recipes import recipes
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 
-from amortized.cli import main, recipes
-from amortized.problems import images
+from amortized.cli.app import main
+from amortized.cli.recipes import recipes
+from amortized.contexts import images
 
 EXPECTED = re.compile(r"expected gap: ([\d.e-]+) ± ([\d.e-]+)")
 SECTIONS = {"seed_everything", "threads", "trainer", "model", "data", "gap", "budget", "checkpoint"}

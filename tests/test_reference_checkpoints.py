@@ -13,8 +13,9 @@ from test_checkpoints import moved
 from test_recipes import skip_without_data
 
 from amortized import checkpoint
-from amortized.cli import main, recipes
-from amortized.recipe import differences, named, same_class, without
+from amortized.cli.app import main
+from amortized.cli.differences import differences, named, same_class, without
+from amortized.cli.recipes import recipes
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "checkpoints"

@@ -17,12 +17,13 @@ from runs import Run
 from toy import Drawn, Gaussians, Quadratic
 
 from amortized.callbacks import BudgetMonitor, GapMonitor
-from amortized.callbacks.budget import Curve, first, measure_budget
-from amortized.callbacks.pictures import draw_curves, draw_gap, histogram
-from amortized.callbacks.report import lines, results, table
-from amortized.cli import main
-from amortized.metrics import GapRows
-from amortized.problem import CommonDraws
+from amortized.cli.app import main
+from amortized.contract import CommonDraws
+from amortized.evaluation.budget import Curve, first, measure_budget
+from amortized.evaluation.metric import GapRows
+from amortized.evaluation.results import results
+from amortized.report.pictures import draw_curves, draw_gap, histogram
+from amortized.report.table import lines, table
 from amortized.solvers import LBFGS, Adam, GradientDescent
 
 PROBLEM = '''

@@ -21,7 +21,7 @@ from test_checkpoints import FIT, GOOD, LAST, MODEL, QUIET, fitted, flip, refusa
 from test_reliability import assert_same, recipe
 
 from amortized import checkpoint, disk
-from amortized.cli import main
+from amortized.cli.app import main
 
 __all__ = ["fitted"]  # the fixture
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from amortized.cli import main
+from amortized.cli.app import main
+from amortized.contract import ProblemError, check_objective
 from amortized.networks import MLP, Recurrent
 from amortized.posteriors import DiagonalGaussian, FullGaussian
-from amortized.problem import ProblemError, check_objective
 from amortized.problems.simulation import (
     SLCP,
     ConditionalFlow,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import amortized
 from amortized.solvers import BFGS, LBFGS, Adam, GradientDescent, GradientSolver, MultiStart, Solver, Status
-from amortized.solvers.compiled import _compiler
+from amortized.solvers.engine.compiled import _compiler
 from amortized.solvers.tune import STEP_SIZES, adams, descents, tune
 
 

@@ -9,7 +9,7 @@ import torch
 from test_solvers import Bowl, Rosenbrock, bowls, valleys
 from torch import Tensor
 
-from amortized.problem import QuadraticProgram
+from amortized.contract import QuadraticProgram
 from amortized.solvers import (
     ADMM,
     CMAES,
@@ -24,10 +24,10 @@ from amortized.solvers import (
     ProjectedGradient,
     Solver,
     Status,
-    gauss_newton,
-    proximal,
 )
 from amortized.solvers.external import QPSolver, SciPy
+from amortized.solvers.smooth import gauss_newton
+from amortized.solvers.structured import proximal
 
 try:
     import qpsolvers  # here, not in a test: what it imports may set environment variables

@@ -6,10 +6,9 @@ import pytest
 import torch
 from toy import Gaussians, Quadratic
 
-from amortized.callbacks.gap import measure_gap
-from amortized.problem import CommonDraws
+from amortized.contract import _BITS, CommonDraws, stream_seed
+from amortized.evaluation.gap import measure_gap
 from amortized.solvers import LBFGS, GradientDescent
-from amortized.streams import _BITS, stream_seed
 
 
 def test_seeds_are_distinct_and_of_32_bits_and_not_those_that_people_pick():

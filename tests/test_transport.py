@@ -8,7 +8,7 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 
 from amortized import checkpoint
-from amortized.problem import map_leaves, value_and_grad
+from amortized.contract import map_leaves, value_and_grad
 from amortized.problems.transport import (
     CloudPotential,
     Clouds,

@@ -12,7 +12,7 @@ import yaml
 from runs import Run, metrics
 from wandb_file import WandbRun
 
-from amortized.cli import main
+from amortized.cli.app import main
 
 STEPS = 40
 FIT = [

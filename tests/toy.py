@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from amortized import AmortizedModule, ContextDataModule
 from amortized.callbacks import GapMonitor
-from amortized.streams import stream_seed
+from amortized.contract import stream_seed
 
 
 class Quadratic(AmortizedModule):

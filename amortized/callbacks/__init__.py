@@ -2,7 +2,8 @@
 
 from amortized.callbacks.budget import BudgetMonitor
 from amortized.callbacks.checkpoint import Checkpoint, Interrupt
-from amortized.callbacks.gap import GapMonitor, measure_gap
+from amortized.callbacks.gap import GapMonitor
 from amortized.callbacks.report import Report
+from amortized.evaluation.gap import measure_gap
 
 __all__ = ["BudgetMonitor", "Checkpoint", "GapMonitor", "Interrupt", "Report", "measure_gap"]

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributions import Distribution
 
-from amortized.contexts import ContextDataModule
+from amortized.contexts.data_module import ContextDataModule
+from amortized.contract import ProblemError
 from amortized.module import AmortizedModule
-from amortized.problem import ProblemError
 
 
 def arrays(decoded: Any, name: str = "decoded") -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What a run found, at its end: a table in the terminal, ``results.json``, pictures and ``report.html`` in its folder."""
+"""The end of a test: a table on the terminal, ``results.json``, pictures, and ``report.html``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import json
 import math
 import platform
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,228 +19,19 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
-from amortized.callbacks.advice import advice
-from amortized.callbacks.budget import Budget, BudgetMonitor
-from amortized.callbacks.gap import Cases, GapMonitor
-from amortized.callbacks.page import page
-from amortized.callbacks.pictures import draw_budget, draw_curves, draw_gap, histogram
-from amortized.faults import describe
-from amortized.loggers import attempt, log_results, log_worst
+from amortized.callbacks.budget import BudgetMonitor
+from amortized.callbacks.gap import GapMonitor
+from amortized.contract import take
+from amortized.contract.faults import describe
+from amortized.evaluation.advice import advice
+from amortized.evaluation.budget import Budget
+from amortized.evaluation.gap import Cases
+from amortized.evaluation.results import _finite, results, worst_rows
+from amortized.loggers.wandb import attempt, log_results, log_worst
 from amortized.module import AmortizedModule
-from amortized.problem import take
-
-NOT_MEASURED: dict[str, Any] = dict.fromkeys(
-    (
-        *("network", "solver", "equal_quality_ratio", "contexts", "rival"),
-        *("not_finite", "row_ratio_median", "row_ratio_p95", "rows_never_reached"),
-        *("warm_rival", "tolerance", "evaluations_cold", "evaluations_warm", "evaluations_saved"),
-        *("rows_never_solved_cold", "rows_never_solved_warm"),
-    )
-)
-"""``time`` in ``results.json`` where there was no budget."""
-
-
-def results(
-    gap: dict[str, float], budget: Budget | None, shifted: dict[str, float] | None = None, advice: str | None = None
-) -> dict[str, Any]:
-    """The content of ``results.json``: groups of numbers, each of which has all of its keys.
-
-    ``objective``: ``network`` and ``solver``, the mean objectives, in the objective's unit.
-
-    ``gap``: ``mean``, ``median``, ``p95`` and ``stderr`` (of the mean) in the objective's unit; ``relative``, a fraction,
-    ``null`` where the solver's objective is about zero; ``noise``, the part of ``stderr`` that is due to the draws of a random
-    objective; ``rounding``, what the gap can be off by, of the precision of the evaluation.
-
-    ``rows``: ``total``, a count; ``converged``, ``diverged``, ``lost`` and ``unbounded``, fractions of it, as in
-    :class:`~amortized.metrics.AmortizationGap`.
-
-    ``time``, all of it ``null`` where it was not measured, on the first contexts of the test in one batch:
-
-    * ``contexts``: how many; ``not_finite``: the fraction of them left out of the means, since a side is not finite there;
-    * ``network``: seconds of a forward pass; ``solver``: of the whole run of ``rival``, the cold-started solver that was
-      first to reach the network's mean objective;
-    * ``equal_quality_ratio``: when it did, over ``network``; ``row_ratio_median`` and ``row_ratio_p95``: the same for each
-      row's own objective; ``rows_never_reached``: the fraction of rows on which it never did;
-    * ``warm_rival``: the solver by which the prediction is judged as a warm start, the one that solves most rows from the
-      cold start; a row is solved when it lacks at most ``tolerance`` of what the cold start lacks;
-    * ``evaluations_cold`` and ``evaluations_warm``: that it takes, median over rows; ``evaluations_saved``: their
-      difference row by row, its median; ``rows_never_solved_cold`` and ``rows_never_solved_warm``: fractions of rows.
-
-    ``decomposition``, only where the problem declares its optimum: ``total``, ``amortization``, ``solver`` and
-    ``approximation``, each with ``*_stderr``, in the objective's unit: see :func:`~amortized.metrics.decomposition`.
-
-    ``shifted``, only where the data have shifted contexts: ``objective``, ``gap``, ``rows`` (and ``decomposition``) of those.
-
-    ``solver``: ``advice``, what to change first about the measurement, in one line, or ``null``: see
-    :func:`~amortized.callbacks.advice.advice`.
-
-    What is not finite is ``null``: a mean without a finite row; a median that is infinite, as half of the rows never got there.
-    """
-    timed = NOT_MEASURED if budget is None else budget.summary()
-    found: dict[str, Any] = {**_measured(gap), "time": _finite(timed), "solver": {"advice": advice}}
-    return found | ({"shifted": _measured(shifted)} if shifted else {})
-
-
-def _measured(gap: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """The groups of ``results.json`` that one set of contexts has."""
-    groups = {
-        "objective": {"network": gap["network"], "solver": gap["reference"]},
-        "gap": {name: gap[name] for name in ("mean", "median", "p95", "relative", "stderr", "noise", "rounding")},
-        "rows": {
-            "total": int(gap["total"]),
-            **{name: gap[name] for name in ("converged", "diverged", "lost", "unbounded")},
-        },
-        "decomposition": {
-            k.removeprefix("decomposition/"): v for k, v in gap.items() if k.startswith("decomposition/")
-        },
-    }
-    return {name: _finite(group) for name, group in groups.items() if group}
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
-    """``results`` for a person to read: labels and values."""
-    o, g, r, t = (found[group] for group in ("objective", "gap", "rows", "time"))
-    rows = [
-        (f"{objective}, network", _number(o["network"])),
-        (f"{objective}, solver", _number(o["solver"])),
-        ("amortization gap, mean ± standard error", f"{_number(g['mean'])} ± {_number(g['stderr'])}"),
-        ("                  median", _number(g["median"])),
-        ("                  95th percentile", _number(g["p95"])),
-        *([("                  relative", _relative(g["relative"]))] if g["relative"] is not None else []),
-        ("rows converged", f"{r['converged']:.1%}"),
-        ("rows diverged", f"{r['diverged']:.1%}"),
-        ("rows where the cold solver lost to the network", f"{r['lost']:.1%}"),
-    ]
-    if g["noise"]:
-        rows.insert(3, ("                  of that error, noise of the draws", _number(g["noise"])))
-    if d := found.get("decomposition"):
-        rows += [
-            (label, f"{_number(d[term])} ± {_number(d[f'{term}_stderr'])}")
-            for label, term in (
-                ("above the true minimum, in all", "total"),
-                ("    = amortization", "amortization"),
-                ("    + the solver's own error", "solver"),
-                ("    + approximation, of the family of solutions", "approximation"),
-            )
-        ]
-    if s := found.get("shifted"):
-        o, g, counts = (s[group] for group in ("objective", "gap", "rows"))
-        rows += [
-            (f"on {counts['total']} shifted contexts: {objective}, network", _number(o["network"])),
-            ("    amortization gap, mean ± standard error", f"{_number(g['mean'])} ± {_number(g['stderr'])}"),
-            (
-                "    rows converged, diverged, lost",
-                " ".join(f"{counts[k]:.1%}" for k in ("converged", "diverged", "lost")),
-            ),
-        ]
-    if t["network"] is not None:
-        reached, space = t["equal_quality_ratio"], " " * 4
-        median, p95 = (_ratio(t[key]) for key in ("row_ratio_median", "row_ratio_p95"))
-        cold, warm = (_count(t[key]) for key in ("evaluations_cold", "evaluations_warm"))
-        rows += [
-            (f"time for {t['contexts']} contexts, network", f"{1e3 * t['network']:.3g} ms"),
-            (f"{space}{t['rival']}, to its end", f"{1e3 * t['solver']:.3g} ms"),
-            (
-                f"{space}{t['rival']}, to the network's quality",
-                f"{reached:.3g}x the network's" if reached else "never reached",
-            ),
-            (
-                f"{space}  each row's: median, 95 %, share never",
-                f"{median}, {p95}, {t['rows_never_reached']:.1%}",
-            ),
-            (f"evaluations to {t['tolerance']:g} of the best, {t['warm_rival']}: cold, warm", f"{cold}, {warm}"),
-            (
-                f"{space}saved by the warm start; unsolved cold, warm",
-                f"{_count(t['evaluations_saved'])}; "
-                f"{t['rows_never_solved_cold']:.1%}, {t['rows_never_solved_warm']:.1%}",
-            ),
-        ]
-    return rows
-
-
-def table(
-    found: dict[str, Any], name: str, objective: str, more: Sequence[tuple[str, str]] = (), width: int = 80
-) -> str:
-    """:func:`lines`, and ``more`` of them, under a title, for a terminal of so many columns; a label too long loses its end."""
-    title, rows = _title(found, name), [*lines(found, objective), *more]
-    width = min(width, max(len(title), *(len(label) + max(2 + len(value), 20) for label, value in rows)))
-    text = [f"{_cut(label, width - len(value) - 2):<{width - len(value)}}{value}" for label, value in rows]
-    rule = "─" * width
-    note = textwrap.wrap(f"note: {found['solver']['advice']}", width) if found["solver"]["advice"] else []
-    return "\n".join([_cut(title, width), rule, *text, rule, *note])
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
-
-
-def _title(found: dict[str, Any], name: str) -> str:
-    return f"{name}: network against solver on {found['rows']['total']} held-out contexts"
-
-
-def cards(found: dict[str, Any], objective: str) -> list[tuple[str, str, str]]:
-    """The headline figures: what, value, and what else to know."""
-    o, g, r, t = (found[group] for group in ("objective", "gap", "rows", "time"))
-    relative = f"{_relative(g['relative'])} of the solver's {objective}; " if g["relative"] is not None else ""
-    shown = [
-        ("Amortization gap, mean", _number(g["mean"]), f"± {_number(g['stderr'])}; median {_number(g['median'])}"),
-        ("Mean objective, network", _number(o["network"]), f"{objective}; solver {_number(o['solver'])}"),
-        (
-            "Rows converged",
-            f"{r['converged']:.1%}",
-            f"of {r['total']}; {r['diverged']:.1%} diverged, {r['lost']:.1%} lost to the network",
-        ),
-    ]
-    shown[0] = (*shown[0][:2], relative + shown[0][2])
-    if t["network"] is not None:
-        reached = t["equal_quality_ratio"]
-        shown += [
-            (
-                "Solver, to equal quality",
-                f"{reached:.3g}x" if reached else "never",
-                f"the network's time ({t['rival']}); never on {t['rows_never_reached']:.1%} of rows",
-            ),
-            (
-                "Warm start saves",
-                _count(t["evaluations_saved"]),
-                f"of {_count(t['evaluations_cold'])} evaluations, median over rows ({t['warm_rival']}); "
-                f"{t['rows_never_solved_warm']:.1%} of rows never solved, cold {t['rows_never_solved_cold']:.1%}",
-            ),
-        ]
-    return shown
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
-
-
-def _count(value: float | None) -> str:
-    return "never" if value is None else f"{value:.0f}"
-
-
-def _relative(value: float) -> str:
-    """A fraction in per cent, or where the solver came near to zero a multiple; none of what is zero but for rounding."""
-    if abs(value) >= 1e6:
-        return "the solver's is about 0"
-    return f"{value:.2%}" if abs(value) < 10 else f"{value:,.0f}x"
-
-
-def _ratio(value: float | None) -> str:
-    return "never" if value is None else f"{value:.3g}x"
-
-
-def worst_rows(worst: Cases | None) -> list[dict[str, float]]:
-    """Index in the test set, objective of network and solver, and gap of the worst contexts, the worst first."""
-    if worst is None:
-        return []
-    r = worst.rows
-    columns = {"index": r.index, "network": r.network, "solver": r.reference, "gap": r.gap, "converged": r.converged}
-    listed = {name: column.tolist() for name, column in columns.items()}
-    return [dict(zip(listed, values, strict=True)) for values in zip(*listed.values(), strict=True)]
+from amortized.report.page import page
+from amortized.report.pictures import draw_budget, draw_curves, draw_gap, histogram
+from amortized.report.table import cards, lines, table, title
 
 
 @runtime_checkable
@@ -327,7 +117,7 @@ class Report(Callback):
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
         return page(
             title=self.name,
-            subtitle=f"{_title(found, self.name).split(': ')[1].capitalize()}.",
+            subtitle=f"{title(found, self.name).split(': ')[1].capitalize()}.",
             cards=cards(found, module.objective_name),
             numbers=[
                 *lines(found, module.objective_name),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from amortized.problem import Context, num_rows
+from amortized.contract import Context, num_rows
 
 
 class LearnedInitialization(nn.Module):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from amortized.contract import Context
 from amortized.networks.mlp import MLP
 from amortized.networks.sets import elements
-from amortized.problem import Context
 
 
 class Recurrent(nn.Module):

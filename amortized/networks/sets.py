@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from amortized.contract import Context
 from amortized.networks.mlp import MLP
-from amortized.problem import Context
 
 
 class DeepSet(nn.Module):

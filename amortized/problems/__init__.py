@@ -1,8 +1,9 @@
 """The use cases, one file each: a problem and its contexts, read together."""
 
+from amortized.contexts.images import Images
 from amortized.problems.classification import Classification, LabelledDigits
-from amortized.problems.images import Images
-from amortized.problems.linear_gaussian import LinearGaussian, LinearGaussianContexts
+from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
+from amortized.problems.inference.vae import VAE, GeneratedImages
 from amortized.problems.simulation import (
     SLCP,
     ConditionalFlow,
@@ -15,7 +16,8 @@ from amortized.problems.simulation import (
 )
 from amortized.problems.sinusoid import Sinusoid, SinusoidContexts
 from amortized.problems.sphere import Sphere, SphereContexts
-from amortized.problems.style import StylePair, StylePairs, StyleTransfer
+from amortized.problems.style.pairs import StylePairs
+from amortized.problems.style.transfer import StylePair, StyleTransfer
 from amortized.problems.transport import (
     CloudPotential,
     CloudTransport,
@@ -24,7 +26,6 @@ from amortized.problems.transport import (
     ImagePairs,
     MixtureClouds,
 )
-from amortized.problems.vae import VAE, GeneratedImages
 
 __all__ = [
     "SLCP",

@@ -13,17 +13,19 @@ Source: Shu (2017), *Amortized optimization*, where classification stands in, su
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import affine_grid, grid_sample, one_hot
 
-from amortized.contexts import ContextDataModule
+from amortized.contexts.data_module import ContextDataModule
+from amortized.contexts.images import handwritten_digits, show
 from amortized.module import AmortizedModule
-from amortized.problems.images import handwritten_digits, show
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Labelled(NamedTuple):
@@ -70,6 +72,8 @@ class Classification(AmortizedModule):
 
     def draw(self, a: Labelled, solutions: dict[str, Tensor]) -> Figure:
         """The images, and below each the network's distribution beside the solver's, which is given the target."""
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(1.3 * len(a.image), 2.6), layout="constrained")
         images, bars = figure.subplots(2, len(a.image), squeeze=False, sharey="row")
         for i, (above, below) in enumerate(zip(images, bars, strict=True)):

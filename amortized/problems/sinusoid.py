@@ -16,16 +16,18 @@ Source: Finn, Abbeel & Levine (2017), section 5.1.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from amortized.contexts import ContextDataModule
+from amortized.contexts.data_module import ContextDataModule
+from amortized.contract import draws
 from amortized.module import AmortizedModule
-from amortized.problem import draws
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Task(NamedTuple):
@@ -81,6 +83,8 @@ class Sinusoid(AmortizedModule):
 
     def draw(self, a: Task, solutions: dict[str, Tensor]) -> Figure:
         """The support and query points of each task, and the curve that each solution draws through them."""
+        from matplotlib.figure import Figure
+
         n = len(a.query_x)
         x = torch.linspace(-5, 5, 201, device=a.query_x.device).expand(n, -1)
         curves = {name: self.predict(b, x).cpu() for name, b in solutions.items()}

@@ -13,17 +13,19 @@ at every solution. Source: Amos (2023), section 4.3; the functions are those of 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
-from amortized.contexts import ContextDataModule
+from amortized.contexts.data_module import ContextDataModule
+from amortized.contract import take
 from amortized.module import AmortizedModule
-from amortized.problem import take
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Bowls(NamedTuple):
@@ -75,6 +77,8 @@ class Sphere(AmortizedModule):
 
     def draw(self, a: Bowls, solutions: dict[str, Tensor]) -> Figure:
         """A map of each function by longitude and latitude, dark where it is low, with the points found."""
+        from matplotlib.figure import Figure
+
         longitude, latitude = torch.linspace(-180, 180, 121), torch.linspace(-90, 90, 61)
         theta, phi = torch.meshgrid(longitude.deg2rad(), latitude.deg2rad(), indexing="xy")
         x = torch.stack([phi.cos() * theta.cos(), phi.cos() * theta.sin(), phi.sin()], 2).to(a.centres)

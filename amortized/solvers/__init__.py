@@ -9,7 +9,7 @@ noise or kinks in ``objective``               :class:`Adam`, its step size chose
 no useful gradient                            :class:`CMAES`
 few unknowns, twice differentiable            :class:`Newton`
 ``residuals``: a sum of squares               :class:`GaussNewton`
-``smooth`` and ``prox``                       :class:`FISTA`, with the maps of :mod:`amortized.solvers.proximal`
+``smooth`` and ``prox``                       :class:`FISTA`, with the maps of :mod:`amortized.solvers.structured.proximal`
 ``project``: a convex set                     :class:`ProjectedGradient`
 ``program``: a quadratic program              :class:`ADMM`
 ``equality``, ``inequality``                  :class:`AugmentedLagrangian`
@@ -23,22 +23,22 @@ back. On many rows that are alike and well conditioned, one ``torch.optim.LBFGS`
 as fast; it does not say which rows converged.
 """
 
-from amortized.solvers.adam import Adam
-from amortized.solvers.admm import ADMM
-from amortized.solvers.augmented_lagrangian import AugmentedLagrangian
 from amortized.solvers.base import Solution, Solver, Status
-from amortized.solvers.bfgs import BFGS
 from amortized.solvers.cma_es import CMAES
-from amortized.solvers.fista import FISTA
-from amortized.solvers.fixed_point import Anderson
-from amortized.solvers.gauss_newton import GaussNewton
-from amortized.solvers.gradient import GradientSolver
-from amortized.solvers.gradient_descent import GradientDescent
-from amortized.solvers.lbfgs import LBFGS
-from amortized.solvers.learned_update import LearnedUpdate
+from amortized.solvers.engine.gradient import GradientSolver
 from amortized.solvers.multistart import Exploration, MultiStart
-from amortized.solvers.newton import Newton
-from amortized.solvers.projected_gradient import ProjectedGradient
+from amortized.solvers.smooth.adam import Adam
+from amortized.solvers.smooth.bfgs import BFGS
+from amortized.solvers.smooth.gauss_newton import GaussNewton
+from amortized.solvers.smooth.gradient_descent import GradientDescent
+from amortized.solvers.smooth.lbfgs import LBFGS
+from amortized.solvers.smooth.learned_update import LearnedUpdate
+from amortized.solvers.smooth.newton import Newton
+from amortized.solvers.structured.admm import ADMM
+from amortized.solvers.structured.augmented_lagrangian import AugmentedLagrangian
+from amortized.solvers.structured.fista import FISTA
+from amortized.solvers.structured.fixed_point import Anderson
+from amortized.solvers.structured.projected_gradient import ProjectedGradient
 from amortized.solvers.tune import tune
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from amortized.problem import CommonDraws, Context, Problem, is_random, leaves, map_leaves, take
+from amortized.contract import CommonDraws, Context, Problem, is_random, leaves, map_leaves, take
 
 Trace: TypeAlias = Callable[[int, Tensor], None]
 """Called after every round with the number of evaluations so far and the best value of each row ``(B,)``."""
@@ -104,7 +104,7 @@ class Solver(nn.Module, abc.ABC):
         if missing:
             raise TypeError(
                 f"{type(self).__name__} needs more of a problem than {type(problem).__name__} has: "
-                f"{', '.join(missing)} (see amortized.problem); write it, or use LBFGS, which needs only objective."
+                f"{', '.join(missing)} (see amortized.contract); write it, or use LBFGS, which needs only objective."
             )
 
     def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
@@ -145,7 +145,7 @@ class Solver(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _solve(self, problem: Any, a: Context, b: Tensor, trace: Trace | None) -> Solution:
-        """As :meth:`solve`, of one row at least; a random ``problem`` is in :class:`~amortized.problem.CommonDraws`."""
+        """As :meth:`solve`, of one row at least; a random ``problem`` is in :class:`~amortized.contract.CommonDraws`."""
 
     def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
         """The ``steps`` iterates after ``b``, each ``(B, *)``; nothing is stopped early, no row is dropped.

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amortized.problem import Context, Problem, map_leaves
+from amortized.contract import Context, Problem, map_leaves
 from amortized.solvers.base import check_value
-from amortized.solvers.rows import Rows, RowSolver
+from amortized.solvers.engine.rows import Rows, RowSolver
 
 
 class CMAESState(NamedTuple):

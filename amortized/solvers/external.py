@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amortized.problem import Context, Problem, take, value_and_grad
+from amortized.contract import Context, Problem, take, value_and_grad
 from amortized.solvers.base import Solution, Solver, Status, Trace, size, tolerance
 
 
@@ -78,7 +78,7 @@ class SciPy(Solver):
 class QPSolver(Solver):
     """A solver of ``qpsolvers`` on each quadratic program in turn: OSQP, Clarabel, Gurobi, ... whichever is installed.
 
-    The problem has ``program(a)`` (:class:`~amortized.problem.Quadratic`). ``residual`` is the largest violation of a
+    The problem has ``program(a)`` (:class:`~amortized.contract.Quadratic`). ``residual`` is the largest violation of a
     constraint; a row has converged if the solver found a solution that is feasible to ``tol``.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amortized.problem import Context, Problem, map_leaves
+from amortized.contract import Context, Problem, map_leaves
 from amortized.solvers.base import Solution, Solver, Status, Trace
 
 

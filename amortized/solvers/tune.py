@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amortized.problem import Context, Problem
-from amortized.solvers.adam import Adam
+from amortized.contract import Context, Problem
 from amortized.solvers.base import Solver
-from amortized.solvers.gradient_descent import GradientDescent
+from amortized.solvers.smooth.adam import Adam
+from amortized.solvers.smooth.gradient_descent import GradientDescent
 
 STEP_SIZES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 """The grid of step sizes, in the units of each solver's ``lr``."""

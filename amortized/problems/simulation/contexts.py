@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amortized.contexts import ContextDataModule, load_contexts
-from amortized.problem import ProblemError, num_rows, take
+from amortized.contexts.data_module import ContextDataModule, load_contexts
+from amortized.contract import ProblemError, num_rows, take
 from amortized.problems.simulation.simulators import Simulator
 
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from amortized.contract import ProblemError, evaluate, num_rows
 from amortized.module import AmortizedModule
 from amortized.posteriors import DiagonalGaussian, FullGaussian, Posterior, normal_points
-from amortized.problem import ProblemError, evaluate, num_rows
 from amortized.problems.simulation.contexts import Simulation
 from amortized.problems.simulation.priors import Prior
 from amortized.problems.simulation.simulators import GaussianLinear, Simulator

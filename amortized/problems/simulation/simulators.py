@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from amortized.problem import ProblemError
+from amortized.contract import ProblemError
 from amortized.problems.simulation.priors import LogNormalPrior, NormalPrior, Prior, UniformPrior
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amortized.contexts import ContextDataModule
+from amortized.contexts.data_module import ContextDataModule
 from amortized.networks import MLP
 from amortized.problems.transport.entropic import Measure, Transport, log_density
 from amortized.problems.transport.gaussians import gaussian_potential

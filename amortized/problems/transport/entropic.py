@@ -33,8 +33,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from amortized.contract import Context
 from amortized.module import AmortizedModule
-from amortized.problem import Context
 from amortized.problems.transport.gaussians import gaussian_potential
 
 Start = Literal["zeros", "gaussians", "annealed"]

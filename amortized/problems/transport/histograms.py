@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
+from amortized.contexts.images import Dataset, Images, handwritten_digits
+from amortized.contract import Context
 from amortized.networks import MLP
-from amortized.problem import Context
-from amortized.problems.images import Dataset, Images, handwritten_digits
 from amortized.problems.transport.entropic import Measure, Transport
 
 if TYPE_CHECKING:

@@ -1,0 +1,674 @@
+"""``amortized fit|validate|test|predict -c RECIPE``: one LightningCLI.
+
+A recipe is a YAML file; a bare name (``-c vae_digits``) is a packaged one. Every setting can be changed on the command
+line (``--trainer.max_steps 100``). Each run has a folder of its own, ``runs/RECIPE/TIME``, with its config, metrics,
+pictures, checkpoints and results. A recipe is code: it can name any class that can be imported. Run only those you trust.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import functools
+import importlib
+import io
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.multiprocessing import ProcessExitedException
+
+import amortized.networks
+import amortized.problems  # noqa: F401  (imported so that recipes can use short class names)
+from amortized import checkpoint, disk
+from amortized.callbacks import BudgetMonitor, Checkpoint, GapMonitor, Interrupt, Report
+from amortized.callbacks.checkpoint import STOPS, raise_interrupted
+from amortized.callbacks.predictions import PredictionWriter
+from amortized.callbacks.progress import ProgressBar
+from amortized.cli.differences import differences, named, same_class, without
+from amortized.cli.errors import UsageError
+from amortized.cli.help_text import COMMANDS, help_text, top_help
+from amortized.cli.parsing import Parser, cause_of, full_options
+from amortized.cli.recipes import recipes, resolve_recipe
+from amortized.contexts.data_module import ContextDataModule
+from amortized.contract import ProblemError, faults
+from amortized.evaluation.budget import default_rivals
+from amortized.launched import tell_faults
+from amortized.lean import Unprofiled, lean
+from amortized.loggers.csv import MetricsLogger
+from amortized.loggers.wandb import attempt, finish, log_checkpoint, wandb_logger
+from amortized.module import AmortizedModule
+
+RUN = "AMORTIZED_RUN_FOLDER"
+
+"""Environment variable by which processes that a run launches find its folder."""
+
+UNTRAINED = "untrained"
+
+"""``--ckpt_path`` of the network as it is initialised."""
+
+DISK_FAULTS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")}
+
+"""What a disk that is full, read-only, forbidden or broken says."""
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder and the recipe into every checkpoint; replaces no earlier one."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if not self.already_saved and trainer.is_global_zero:
+            folder = disk.make(Path(trainer.default_root_dir))
+            path = folder / "config.yaml"
+            for number in range(2, 10_000):
+                if not path.exists() or path.read_text(encoding="utf-8") == self.text:
+                    break
+                path = folder / f"config-{number}.yaml"
+            disk.write(path, self.text)
+        self.already_saved = True
+
+    # Once a run, not at every save: a dump takes as long as some ten training steps.
+    @functools.cached_property
+    def text(self) -> str:
+        """All settings, as YAML."""
+        text: str = self.parser.dump(self.config, skip_unset=False)
+        return text
+
+    @functools.cached_property
+    def recipe(self) -> dict[str, Any]:
+        """Those that a checkpoint depends on."""
+        return recipe_of(self.text)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint_: dict[str, Any]) -> None:
+        checkpoint_[checkpoint.RECIPE] = self.recipe
+        checkpoint_[checkpoint.PROCESSES] = trainer.world_size
+
+
+class RunTrainer(Trainer):
+    """A trainer whose folder is the first process's on all of them, also where each was launched on its own (torchrun)."""
+
+    agreed: str | None = None
+
+    @property
+    def default_root_dir(self) -> str:
+        return self.agreed or super().default_root_dir
+
+
+class AgreeOnFolder(Callback):
+    """Tells every process the folder of the first, as soon as they are connected."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        assert isinstance(trainer, RunTrainer)
+        trainer.agreed = trainer.strategy.broadcast(trainer.default_root_dir)
+
+
+def recipe_of(text: str) -> dict[str, Any]:
+    """The settings that a checkpoint depends on: model, data, seed, and how the trainer updates."""
+    everything = yaml.safe_load(text)
+    trainer = {
+        key: everything["trainer"].get(key)
+        for key in ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision")
+    }
+    return {
+        "seed_everything": everything["seed_everything"],
+        "model": everything["model"],
+        "data": everything["data"],
+        "trainer": trainer,
+    }
+
+
+class AmortizedCLI(LightningCLI):
+    """The command line; see the module's docstring."""
+
+    recipe = ""
+    resumed = initial = checkpoint.Newest(None, {}, [])
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            AmortizedModule,
+            ContextDataModule,
+            save_config_callback=SaveRecipe,
+            trainer_class=RunTrainer,
+            trainer_defaults={
+                "max_steps": 5000,  # training contexts have no end, so neither has an epoch
+                "val_check_interval": 1000,
+                "check_val_every_n_epoch": None,
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"prog": "amortized"},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        given = list(sys.argv[1:] if args is None else args)
+        self.command = shlex.join(["amortized", *map(str, given)])
+        for at, word in enumerate(given):
+            if word in ("-c", "--config") and at + 1 < len(given):
+                given[at + 1] = resolve_recipe(given[at + 1])
+                self.recipe = Path(given[at + 1]).stem
+            elif word.startswith("--config="):
+                given[at] = f"--config={resolve_recipe(word.removeprefix('--config='))}"
+                self.recipe = Path(given[at]).stem
+        self._help(given)
+        self.config = parser.parse_args(full_options(given))
+        settings = self.config[self.config.subcommand]
+        if not self.recipe:  # named after the problem
+            self.recipe = settings["model"]["class_path"].rpartition(".")[2]
+        if self.recipe.startswith("config") and settings.get("recipe"):
+            self.recipe = settings["recipe"]
+        settings["recipe"] = self.recipe
+
+    def _help(self, given: list[str]) -> None:
+        """Print the help that was asked for, if it was, and exit."""
+        asked = [at for at, word in enumerate(given) if word in ("-h", "--help")]
+        if not asked:
+            return
+        command = next((word for word in given if word in COMMANDS), None)
+        topics = [word for word in given[asked[0] + 1 :][:1] if word != command and not word.startswith("-")]
+        if command is None:
+            print(top_help(), end="")
+        else:
+            print(help_text(command, self._parser(command).format_help(), recipes(), *topics), end="")
+        raise SystemExit(0)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(GapMonitor, "gap")
+        parser.add_lightning_class_args(BudgetMonitor, "budget")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_argument(
+            "--threads",
+            type=int | None,
+            default=None,
+            help="CPU threads of torch; by default one for a small network without convolutions.",
+        )
+        parser.add_argument("--recipe", type=str | None, default=None, help="Name of the recipe; set by -c.")
+        parser.add_argument(
+            "--run_folder", type=str | None, default=None, help="The run's folder; default runs/RECIPE/TIME."
+        )
+        parser.add_argument(
+            "--resume",
+            type=Literal["never", "auto"],
+            default="never",
+            help="auto: fit goes on from the newest good checkpoint in --run_folder, or starts if there is none; stopped by "
+            "USR1 under SLURM, the job is put back into the queue.",
+        )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="Checkpoint, or run's folder: fit starts from its weights alone; other settings may differ.",
+        )
+        parser.add_argument(
+            "--wandb", type=Literal["off", "offline", "online"], default="off", help="Log to Weights & Biases."
+        )
+        parser.add_argument(
+            "--wandb_project", type=str | None, default=None, help="W&B project; default WANDB_PROJECT, or amortized."
+        )
+        parser.add_argument(
+            "--wandb_entity", type=str | None, default=None, help="W&B account or team; default WANDB_ENTITY."
+        )
+        parser.add_argument(
+            "--wandb_artifact", type=bool, default=False, help="Log the last checkpoint there as an artifact."
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Find, read and check the checkpoint before anything is built (Lightning would let it override the settings)."""
+        command = self.config.subcommand
+        settings = self.config[command]
+        given = settings.get("ckpt_path")
+        if command == "fit":
+            given = self._resumable(settings, given)
+        elif not given:
+            given = self._trained(command, settings)
+        elif given == UNTRAINED:
+            return
+        if given:
+            self.resumed = self._find_checkpoint(str(given), self._check_recipe)
+            settings["ckpt_path"] = str(self.resumed.path)
+        elif settings["init_from"]:
+            self.initial = self._find_checkpoint(settings["init_from"])
+            settings["init_from"] = str(self.initial.path)
+            say(f"starts from the weights of {self.initial.path} alone")
+
+    def _resumable(self, settings: Any, given: Any) -> Any:
+        """Where a ``fit`` goes on from; ``None`` if it starts."""
+        if settings["resume"] == "never":
+            return given
+        if given or not settings["run_folder"]:
+            raise UsageError(
+                "--resume auto goes on in the folder that --run_folder names; give that, and no --ckpt_path"
+            )
+        return settings["run_folder"] if checkpoint.found_in(settings["run_folder"]) else None
+
+    def _trained(self, command: str, settings: Any) -> str:
+        """The folder of the run whose config or folder is given.
+
+        Raises:
+            UsageError: if there is no trained model.
+        """
+        configs = [Path(str(path)) for path in settings.get("config") or []]
+        folders = [path.parent for path in configs if path.name.startswith("config")]
+        for folder in (*([Path(settings["run_folder"])] if settings["run_folder"] else []), *folders):
+            if checkpoint.found_in(folder):
+                return str(folder)
+        raise UsageError(
+            f"{command} needs a trained model: give --ckpt_path a checkpoint, the folder of a run, or last (the last run of "
+            f"{self.recipe}); or --ckpt_path {UNTRAINED} for the network as it is initialised"
+        )
+
+    def _check_recipe(self, path: Path, loaded: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose settings disagree with those of this command."""
+        command = self.config.subcommand
+        given = recipe_of(self._parser(command).dump(self.config[command], skip_unset=False))
+        saved = loaded.get(checkpoint.RECIPE)
+        if not isinstance(saved, dict) or not all(
+            isinstance(saved.get(part), dict) and isinstance(saved[part].get("class_path"), str)
+            for part in ("model", "data")
+        ):
+            raise checkpoint.MismatchError(
+                f"{path} does not say which recipe it is of: it was not written by this command line"
+            )
+        classes = [recipe["model"]["class_path"] for recipe in (saved, given)]
+        if not same_class(*classes):
+            theirs, ours = (path.split(".")[-1] for path in classes)
+            raise checkpoint.MismatchError(
+                f"{path} is of another recipe: it holds a {theirs}, the recipe asks for a {ours}"
+            )
+        model, data = (named(given[part]["class_path"]) for part in ("model", "data"))
+        if command != "fit":
+            saved, given = ({"model": without(recipe["model"], model.free_settings)} for recipe in (saved, given))
+        elif not all(key in loaded for key in ("optimizer_states", "loops", "global_step")):
+            raise checkpoint.MismatchError(f"{path} holds no state of training: it can be tested, not continued")
+        else:
+            saved, given = (
+                recipe
+                | {
+                    "model": without(recipe["model"], model.free_to_resume),
+                    "data": without(recipe["data"], data.free_to_resume),
+                }
+                for recipe in (saved, given)
+            )
+        if found := differences(saved, given):
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            config = path.parent.parent / "config.yaml"
+            how = f" (-c {config} has them)" if config.is_file() else ""
+            raise checkpoint.MismatchError(
+                f"{path} was trained with other settings: {found[0]}{more}; give those it was trained with{how}"
+            )
+
+    def _find_checkpoint(self, given: str, check: checkpoint.Check = checkpoint.accept) -> checkpoint.Newest:
+        """A checkpoint file; or the newest good one of a run's folder, or of the recipe's last run (``last``)."""
+        folder = self._last_run() if given == "last" else Path(given)
+        if not folder.is_dir():
+            return checkpoint.Newest(folder, checkpoint.load(folder, check), [])
+        found = checkpoint.newest(folder, check)
+        if found.path is None:
+            for fault in found.faults:
+                if isinstance(fault, checkpoint.MismatchError):
+                    raise fault
+            why = f": {found.faults[0]}" if found.faults else ""
+            raise checkpoint.CheckpointError(f"there is no good checkpoint in {folder}{why}")
+        for fault in found.faults:
+            say(f"not the newest checkpoint: {fault}")
+        say(f"takes {found.path}, of step {found.step}")
+        return found
+
+    def _last_run(self) -> Path:
+        runs = Path("runs", self.recipe).glob("*/checkpoints")
+        for run in sorted(runs, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            if checkpoint.newest(run).path is not None:
+                return run.parent
+        raise checkpoint.CheckpointError(
+            f"--ckpt_path last: there is no good checkpoint under {Path('runs', self.recipe)}"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        if threads := self.config[self.config.subcommand]["threads"]:
+            torch.set_num_threads(threads)
+        if self.config.subcommand == "predict" and self.config.predict.return_predictions is None:
+            self.config.predict.return_predictions = False  # they are written; the trainer need not keep them as well
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (UsageError, checkpoint.CheckpointError):
+            raise
+        except ValueError as error:  # of a class's own __init__, in jsonargparse's wrapping
+            origin = faults.origin(error)
+            if not isinstance(origin, ValueError) and faults.place(origin):
+                raise origin from None
+            raise UsageError(cause_of(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with this run's folder, loggers, checkpoint files and callbacks."""
+        settings = self.config_init[self.subcommand]
+        if settings["threads"] is None:
+            torch.set_num_threads(default_threads(self.model))
+        folder = self._run_folder(settings)
+        kwargs["default_root_dir"] = str(folder)
+        self._load_weights()
+        kwargs["logger"] = self._loggers(settings, folder)
+        plugins = settings["trainer"]["plugins"] or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), checkpoint.WholeCheckpointIO()]
+        gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
+        budget.rivals = budget.rivals or default_rivals(gap.solver)
+        given = settings["trainer"]["callbacks"] or []
+        callbacks = list(given) if isinstance(given, list) else [given]
+        if settings["trainer"]["enable_progress_bar"] is not False and not any(
+            isinstance(c, LightningProgressBar) for c in callbacks
+        ):
+            callbacks.append(ProgressBar())
+        report = Report(self.recipe, gap, budget, command=self.command)
+        kwargs["callbacks"] = [AgreeOnFolder(), *callbacks, Interrupt(saver), report]
+        if settings["trainer"]["profiler"] is None:
+            kwargs["profiler"] = Unprofiled()
+        trainer = super().instantiate_trainer(**kwargs)
+        self._check_processes(trainer)
+        if not os.environ.get("AMORTIZED_DEBUG"):
+            tell_faults(trainer, one_line)
+        # Lightning reads the checkpoint itself; these may be large.
+        self.resumed = self.initial = checkpoint.Newest(None, {}, [])
+        lean(trainer, plain_step=type(self.model).training_step is AmortizedModule.training_step)
+        return trainer
+
+    def _loggers(self, settings: Any, folder: Path) -> list[Logger] | bool:
+        """Ours after the user's own, unless there are to be none."""
+        given = settings["trainer"]["logger"]
+        if given is False:
+            if settings["wandb"] != "off":
+                raise UsageError(f"--wandb {settings['wandb']} and --trainer.logger false exclude each other")
+            return False
+        theirs = [] if given in (None, True) else [given] if isinstance(given, Logger) else list(given)
+        ours: list[Logger] = [MetricsLogger(folder, drop_from=self.resumed.step if self.subcommand == "fit" else None)]
+        if settings["wandb"] != "off":
+            names = {"project": settings["wandb_project"], "entity": settings["wandb_entity"]}
+            ours.append(wandb_logger(folder, settings["wandb"], self.recipe, recipe_config(self), **names))
+        return [*theirs, *ours]
+
+    def _load_weights(self) -> None:
+        """Start from the weights of ``--init_from``; what its loss had learned belongs to the old run."""
+        path, loaded, _ = self.initial
+        if path is None:
+            return
+        start = loaded if "state_dict" in loaded else {"state_dict": loaded}
+        try:
+            self.model.on_load_checkpoint(start)
+            self.model.load_state_dict(start["state_dict"])
+        except checkpoint.MismatchError as error:
+            raise UsageError(f"--init_from {path}: {error}") from error
+
+    def _check_processes(self, trainer: Trainer) -> None:
+        """Refuse to go on with another number of processes: each step would see other contexts."""
+        path, loaded, _ = self.resumed
+        trained = loaded.get(checkpoint.PROCESSES, trainer.world_size)
+        if self.subcommand == "fit" and trained != trainer.world_size:
+            raise checkpoint.MismatchError(
+                f"{path} was trained on {trained} processes, here are {trainer.world_size}: go on with as many, or start "
+                f"another run from its weights with --init_from {path}"
+            )
+
+    def _run_folder(self, settings: Any) -> Path:
+        """The run's folder, made unless another process makes it.
+
+        Raises:
+            UsageError: if it cannot be made, or holds what this command would spoil.
+        """
+        start = time.strftime("%Y%m%d-%H%M%S") + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
+        folder, new = Path("runs", self.recipe, start), False
+        if settings["run_folder"]:
+            folder = Path(settings["run_folder"])
+        elif RUN in os.environ:  # this process was launched by the run's first one
+            folder = Path(os.environ[RUN])
+        elif self.subcommand == "fit" and self.resumed.path and self.resumed.path.parent.name == "checkpoints":
+            folder = self.resumed.path.parent.parent  # a resumed run goes on in its folder
+        else:
+            new = True
+        held = [] if new else checkpoint.found_in(folder)
+        goes_on = self.resumed.path and any(path.samefile(self.resumed.path) for path in held)
+        if held and self.subcommand == "fit" and not goes_on:
+            raise UsageError(
+                f"{folder} holds a run: continue it with --ckpt_path {folder}, or name another --run_folder"
+            )
+        if held and self.subcommand != "fit" and not self.resumed.path:
+            raise UsageError(
+                f"{folder} holds a trained run, whose results those of an untrained network would replace: name another "
+                "--run_folder"
+            )
+        # The first process makes it, and tells the others once they are connected.
+        if rank_zero_only.rank:  # type: ignore[attr-defined]
+            return folder
+        try:
+            folder = disk.make_new(folder) if new else disk.make(folder)
+        except OSError as error:
+            raise UsageError(
+                f"the run's folder {folder} cannot be made ({error.strerror}): name another with --run_folder"
+            ) from error
+        os.environ[RUN] = str(folder)
+        return folder
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        settings = self.config_init[subcommand]
+        if settings["ckpt_path"] == UNTRAINED:
+            settings["ckpt_path"] = None
+        for number in STOPS:
+            signal.signal(number, self._interrupt)
+        exit_code: Any = 1
+        try:
+            super()._run_subcommand(subcommand)
+            exit_code = 0
+        except ProcessExitedException as error:
+            exit_code = error.exit_code
+            raise SystemExit(exit_code) from None
+        except SystemExit as stop:
+            exit_code = stop.code
+            raise
+        except checkpoint.MismatchError as error:
+            raise checkpoint.MismatchError(f"{settings['ckpt_path']}: {error}") from error
+        except Exception as error:
+            if cause := faults.known_cause(error):
+                raise UsageError(f"{cause}{self._sizes() if 'memory' in cause else ''}") from error
+            raise
+        finally:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    finish(logger, exit_code)
+            if exit_code == 128 + signal.SIGUSR1 and self.trainer.is_global_zero and settings["resume"] == "auto":
+                requeue()
+
+    def _sizes(self) -> str:
+        """What was asked for that takes memory."""
+        settings = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
+        data = settings["data"].get("init_args", {})
+        asked = {f"data.{name}": data.get(name) for name in ("batch_size", "eval_batch_size")}
+        asked["budget.contexts"] = settings["budget"]["contexts"]
+        return ": asked for " + ", ".join(f"--{name} {value}" for name, value in asked.items() if value is not None)
+
+    def _interrupt(self, signum: int, frame: Any) -> None:
+        """Stop; where the training happens in forked processes, tell those, and wait for their checkpoint."""
+        forked = [process for process in getattr(self.trainer.strategy.launcher, "procs", ()) if process.is_alive()]
+        if not forked:
+            raise_interrupted(signum, frame)
+        for process in forked:
+            os.kill(process.pid, signum)
+
+    def before_fit(self) -> None:
+        """A test follows: what its contexts lack is better known now."""
+        self.datamodule.fit_needs = ("train", "val", "test")
+
+    def after_fit(self) -> None:
+        """Measure the trained model on the test contexts."""
+        if self.config_init.fit.trainer.fast_dev_run or self.trainer.interrupted:
+            return
+        steps = self.trainer.global_step
+        last = checkpoint.newest(self.trainer.default_root_dir)
+        if steps == 0:  # they were made in forked processes
+            steps = last.step
+        # One less, where all steps were made before the run resumed.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = steps
+        # Under SLURM Lightning would take the weights of a requeue checkpoint that it wrote itself, however old.
+        weights = last.path if SLURMEnvironment.detect() else None
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=weights, verbose=False)
+        if self.config_init.fit.wandb_artifact and last.path is not None:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    attempt(logger, log_checkpoint, logger, last.path)
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Tell the person at the terminal, once."""
+    print(line, flush=True)
+
+
+def requeue() -> None:
+    """Put this SLURM job back into the queue; there the same command goes on from the checkpoint."""
+    array, job = (os.environ.get(name) for name in ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID"))
+    job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else job
+    if not job:
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"job {job} could not be put back into the queue: {error}", file=sys.stderr)
+    else:
+        print(f"job {job} is back in the queue")
+
+
+def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:
+    """Every setting of the run, as plain values."""
+    command = str(cli.subcommand)
+    settings: dict[str, Any] = yaml.safe_load(cli._parser(command).dump(cli.config[command], skip_unset=False))
+    return settings
+
+
+SMALL = 1_000_000
+
+"""Parameters of a network below which torch's threads wait for each other longer than they work."""
+
+
+def default_threads(model: torch.nn.Module) -> int:
+    """How many CPU threads torch takes where ``threads`` is not given.
+
+    One for a small network: fewer than a million parameters, no convolution. Otherwise, and where ``OMP_NUM_THREADS`` is
+    set, as many as torch has.
+    """
+    parameters = list(model.parameters())
+    small = sum(p.numel() for p in parameters) < SMALL and all(p.ndim <= 2 for p in parameters)
+    return 1 if small and "OMP_NUM_THREADS" not in os.environ else torch.get_num_threads()
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Characters for a terminal that lacks those of the table."""
+    assert isinstance(error, UnicodeEncodeError)
+    plain = {"±": "+-", "─": "-", "−": "-", "…": "~", "·": "-"}
+    return "".join(plain.get(character, "?") for character in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("plain", _plain)
+
+
+@contextlib.contextmanager
+def _any_terminal() -> Iterator[None]:
+    """What a terminal's encoding lacks is printed in other characters, rather than an error."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="plain")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
+
+
+@contextlib.contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    """Last on the path, so that a file there hides no library."""
+    here = os.getcwd()
+    sys.path.append(here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.reverse()
+        sys.path.remove(here)
+        sys.path.reverse()
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; ``args`` in place of ``sys.argv[1:]``. Classes in the working directory can be named.
+
+    Raises:
+        SystemExit: 2 for a fault in the command line, recipe, problem or checkpoint, told in one line on standard error,
+            with its place in the user's own file (with ``AMORTIZED_DEBUG`` set in the environment the exception itself
+            passes through); 128 + the signal's number when told to stop.
+    """
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",
+        "lightning.fabric.utilities.seed",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    environment = dict(os.environ)
+    handlers = {number: signal.signal(number, raise_interrupted) for number in STOPS}
+    try:
+        with warnings.catch_warnings(), _any_terminal(), _working_directory_importable():
+            warnings.filterwarnings(
+                "ignore",
+                message=".*(does not have many workers|LeafSpec|args parameter is intended|recommended to use .self.log|"
+                "your dataloader is not resumable).*",
+            )
+            try:
+                AmortizedCLI(args)
+            except Exception as error:
+                told = one_line(error)
+                if told is None or os.environ.get("AMORTIZED_DEBUG"):
+                    raise
+                print(f"error: {told}", file=sys.stderr)
+                raise SystemExit(2) from None
+    finally:
+        if RUN in os.environ and RUN not in environment:
+            with contextlib.suppress(OSError):  # unless something was written there
+                os.rmdir(os.environ[RUN])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.environ.clear()  # Lightning leaves its seed there
+        os.environ.update(environment)
+
+
+def one_line(error: Exception) -> str | None:
+    """What a person must know of an error that is theirs to mend; ``None`` for a fault of ours."""
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        return f"{error.filename or os.environ.get(RUN)}: {error.strerror}"
+    if isinstance(error, UsageError | ProblemError | checkpoint.CheckpointError | MisconfigurationException):
+        return str(error)
+    if faults.place(error) is None:
+        return None
+    return f"{faults.describe(error)}; AMORTIZED_DEBUG=1 shows the whole traceback"

@@ -1,0 +1,161 @@
+"""Contexts from files: whatever has one meaning is read; all else is refused in a line that says what was expected."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amortized.contract import Context, ProblemError, map_leaves
+
+
+def load_contexts(path: str | Path, like: Context) -> Context:
+    """Read contexts from a file.
+
+    * A tensor: ``.npy``, ``.pt``, or for shapes ``(B,)`` and ``(B, n)`` a ``.csv`` with n columns of numbers, with or
+      without a line of names; also a ``.npz`` or a dict that holds nothing else.
+    * A ``NamedTuple``: ``.npz``, or ``.pt`` with a dict of tensors, or ``.npy`` with a record array; by the names of
+      its fields, those of a nested one dotted (``outer.inner``).
+
+    Numbers of any precision and byte order become those of the expected type, where it can hold them; real numbers are
+    rounded to it. Nothing in a file is executed.
+
+    Args:
+        path: the file.
+        like: contexts of the expected fields, shapes (but for the leading dimension) and types.
+
+    Raises:
+        ProblemError: if the file is missing or damaged, if fields are missing or their leading dimensions differ, or if
+            shapes or types are others.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ProblemError(f"no such file of contexts: {path}")
+    expected = fields(like)
+    try:
+        found = {name: _tensor(values, name) for name, values in _read(path, expected).items()}
+        rows = iter(_matched(found, expected))
+    except ProblemError as error:
+        raise ProblemError(f"{path} {error}; expected {_forms(expected)}") from error
+    return map_leaves(lambda _: next(rows), like)
+
+
+def fields(a: Context, name: str = "") -> dict[str, Tensor]:
+    """The tensors of a context by their names, dotted where it is nested; the name of a lone tensor is empty."""
+    if isinstance(a, Tensor):
+        return {name: a}
+    parts = a._asdict().items()
+    return {k: leaf for field, part in parts for k, leaf in fields(part, f"{name}.{field}" if name else field).items()}
+
+
+def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Any]:
+    """The arrays in a file by name; a lone one's name is empty."""
+    kind = path.suffix.lower()
+    if kind not in (".npy", ".npz", ".pt", ".csv"):
+        raise ProblemError(f"is no file of a kind that contexts are read from ({kind or 'it has no suffix'})")
+    if kind == ".csv":
+        return {"": _table(path, column=[leaf.ndim for leaf in expected.values()] == [1])}
+    try:
+        if kind == ".pt":
+            saved: Any = torch.load(path, map_location="cpu", weights_only=True)
+            return {str(name): values for name, values in saved.items()} if isinstance(saved, dict) else {"": saved}
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            names = loaded.dtype.names or ()
+            return {name: loaded[name] for name in names} if names else {"": loaded}
+        with loaded:
+            return dict(loaded)
+    except Exception as error:  # numpy, torch, zipfile, zlib and pickle have one for every kind of damage
+        # Their messages tell how to load such a file unsafely.
+        why = error.strerror if isinstance(error, OSError) else None
+        raise ProblemError(f"cannot be read: {why or 'it is damaged, or holds other things than numbers'}") from error
+
+
+def _table(path: Path, column: bool) -> np.ndarray:
+    """The numbers of a CSV file, ``(rows, columns)``, or ``(rows,)`` of its only ``column``."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:  # Excel opens a file with a byte order mark
+            lines = [line for line in file if line.strip() and not line.startswith("#")]
+        if lines and not any(map(_is_number, next(csv.reader(lines)))):
+            del lines[0]
+        if not lines:
+            raise ProblemError("has no rows")
+        table: np.ndarray = np.loadtxt(lines, delimiter=",", quotechar='"', ndmin=2)
+    except ProblemError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ProblemError(f"is no table of numbers: {str(error).split(';')[0]}") from error
+    return table[:, 0] if column and table.shape[1] == 1 else table
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach().to_dense() if values.layout is not torch.strided else values.detach()
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError):  # a list whose parts differ in length, or of tensors with a graph
+        array = np.empty((), object)
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if kind not in "biufc":
+        what = array.dtype if isinstance(values, np.ndarray) else type(values).__name__
+        raise ProblemError(f"holds other things than numbers{f' in {name}' if name else ''} ({what})")
+    native = array.dtype.newbyteorder("=")
+    if size > {"f": 8, "c": 16}.get(kind, size):  # more than double precision, which torch does not have
+        native = np.dtype(np.float64 if kind == "f" else np.complex128)
+    return torch.from_numpy(np.array(array, native, order="C"))
+
+
+def _matched(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Tensor]:
+    """What was found in the order, the shapes and the types of what is expected."""
+    if len(found) == len(expected) == 1 and "" in (*found, *expected):
+        found = dict(zip(expected, found.values(), strict=True))  # there is only one place for it
+    if found.keys() != expected.keys():
+        raise ProblemError("holds one array" if [*found] == [""] else f"has the fields {', '.join(found) or 'none'}")
+    for name, leaf in expected.items():
+        shape = found[name].shape
+        if not shape or shape[1:] != leaf.shape[1:]:
+            raise ProblemError(f"has contexts of shape {tuple(shape)}{f' in {name}' if name else ''}")
+    sizes = {name: len(found[name]) for name in expected}
+    if len(set(sizes.values())) > 1:
+        counts = ", ".join(f"{name} {rows}" for name, rows in sizes.items())
+        raise ProblemError(f"has fields with different numbers of rows: {counts}")
+    if not all(sizes.values()):
+        raise ProblemError("has no rows")
+    return [_cast(found[name], leaf.dtype, name) for name, leaf in expected.items()]
+
+
+def _cast(given: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    where = f" in {name}" if name else ""
+    if given.is_complex() and not dtype.is_complex:
+        raise ProblemError(f"holds {_type(given.dtype)} numbers{where}, which {_type(dtype)} cannot")
+    cast = given.to(dtype)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        lost = cast.double() != given.double()
+        if lost.any():
+            raise ProblemError(f"holds {given[lost][0].item()}{where}, which {_type(dtype)} cannot")
+    return cast
+
+
+def _type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _forms(expected: dict[str, Tensor]) -> str:
+    shapes = {name: f"({', '.join(['B', *map(str, leaf.shape[1:])])})" for name, leaf in expected.items()}
+    if "" in expected:
+        kinds = ".npy, .pt or .csv" if expected[""].ndim < 3 else ".npy or .pt"
+        return f"a {_type(expected[''].dtype)} tensor of shape {shapes['']} in a {kinds} file"
+    named = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    return f"the fields {named} in a .npz file, or a dict of tensors in a .pt file"

@@ -1,0 +1,56 @@
+"""What a solver, a loss or a metric may ask of a problem: ``objective``, and nothing from Lightning.
+
+A problem is any object with ``objective(b, a) -> (B,)``: B independent problems ``min_b L(b; a)`` at once, one to a
+row. Contexts ``a`` are a tensor or a ``NamedTuple`` of tensors; solutions ``b`` are one real tensor ``(B, *)``.
+"""
+
+from amortized.contract.check import check_context, check_objective
+from amortized.contract.draws import CommonDraws, draws, is_random, start_draws
+from amortized.contract.error import ProblemError
+from amortized.contract.problem import (
+    Composite,
+    Constrained,
+    FixedPoint,
+    Known,
+    LeastSquares,
+    Predictor,
+    Problem,
+    Projectable,
+    Quadratic,
+    QuadraticProgram,
+    evaluate,
+    value_and_grad,
+)
+from amortized.contract.rows import Context, concatenate, leaves, map_leaves, num_rows, rows_where, take
+from amortized.contract.streams import check_seed, stream_seed
+
+__all__ = [
+    "CommonDraws",
+    "Composite",
+    "Constrained",
+    "Context",
+    "FixedPoint",
+    "Known",
+    "LeastSquares",
+    "Predictor",
+    "Problem",
+    "ProblemError",
+    "Projectable",
+    "Quadratic",
+    "QuadraticProgram",
+    "check_context",
+    "check_objective",
+    "check_seed",
+    "concatenate",
+    "draws",
+    "evaluate",
+    "is_random",
+    "leaves",
+    "map_leaves",
+    "num_rows",
+    "rows_where",
+    "start_draws",
+    "stream_seed",
+    "take",
+    "value_and_grad",
+]

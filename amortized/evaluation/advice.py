@@ -1,0 +1,53 @@
+"""Whether the solver that the gap is measured with suits the problem, told from what was found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from amortized.solvers import ADMM, FISTA, AugmentedLagrangian, GaussNewton, MultiStart, ProjectedGradient, Solver
+
+STRUCTURED: tuple[tuple[tuple[str, ...], type[Solver]], ...] = (
+    (("program",), ADMM),
+    (("equality",), AugmentedLagrangian),
+    (("inequality",), AugmentedLagrangian),
+    (("smooth", "prox"), FISTA),
+    (("project",), ProjectedGradient),
+    (("residuals",), GaussNewton),
+)
+"""What a problem may have besides ``objective``, and the solver that uses it; the first that it has counts."""
+
+
+def advice(problem: Any, solver: Solver, gap: dict[str, float]) -> str | None:
+    """What to change first, in one line; ``None`` where nothing speaks against the measurement.
+
+    Args:
+        problem: whose gap was measured.
+        solver: the reference.
+        gap: the statistics of :class:`~amortized.evaluation.metric.AmortizationGap`.
+    """
+    if gap["unbounded"] > 0:
+        return f"the objective seems unbounded below on {gap['unbounded']:.1%} of the rows: is a constraint missing?"
+    used = solver.solver if isinstance(solver, MultiStart) else solver
+    if used.needs == Solver.needs:
+        for methods, better in STRUCTURED:
+            if all(hasattr(problem, method) for method in methods) and not isinstance(used, better):
+                return (
+                    f"the problem has {' and '.join(methods)}, which {type(used).__name__} ignores: "
+                    f"--gap.solver {better.__name__}"
+                )
+    if abs(gap["mean"]) <= gap["rounding"] and gap["rounding"] > 1e-9 * abs(gap["network"]):
+        return (
+            f"float32 does not resolve this gap: differences below {gap['rounding']:.1g} are rounding of the objective, "
+            "which could not be evaluated in float64; --trainer.precision 64-true does"
+        )
+    if gap["lost"] > 0.05 and not isinstance(solver, MultiStart):
+        return (
+            f"the solver started cold lost to the network on {gap['lost']:.1%} of the rows: if there are many minima, "
+            f"--gap.solver MultiStart --gap.solver.solver {type(solver).__name__}"
+        )
+    if gap["converged"] < 0.5:
+        return (
+            f"the solver converged on {gap['converged']:.1%} of the rows only, so the true gap may be larger: more "
+            "--gap.solver.steps, a larger --gap.solver.tol; for an objective with kinks, smooth and prox (FISTA), or Adam"
+        )
+    return None

@@ -1,0 +1,55 @@
+"""The objective of a module, evaluated in float64, while the module stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from amortized.contract import Context, map_leaves
+
+
+class _Method(nn.Module):
+    def __init__(self, problem: nn.Module, name: str) -> None:
+        super().__init__()
+        self.problem, self.name = problem, name
+
+    def forward(self, *args: Any) -> Tensor:
+        value: Tensor = getattr(self.problem, self.name)(*args)
+        return value
+
+
+def in_float64(problem: Any, name: str = "objective") -> Callable[..., Tensor | None]:
+    """A method of a module, called without a graph and with all that is floating point in float64: what the module holds too.
+
+    A difference of two float32 values has their rounding: at values of 1e8 nothing below 8 can be seen in it. What this returns
+    gives ``None`` where the method cannot be called so, or computes in less by itself.
+
+    Args:
+        problem: the module; anything else that has the method gets its arguments in float64.
+        name: of the method, which takes solutions and contexts.
+    """
+    method: Callable[..., Any] = getattr(problem, name)
+    if isinstance(problem, nn.Module):
+        whole = _Method(problem, name)
+        held = {key: _double(x) for key, x in (*whole.named_parameters(), *whole.named_buffers())}
+
+        def method(*args: Any) -> Any:
+            return functional_call(whole, held, args)
+
+    def call(*args: Context) -> Tensor | None:
+        try:
+            with torch.no_grad():
+                value = method(*(map_leaves(_double, arg) for arg in args))
+        except Exception:  # of tensors that are attributes, of kernels for float32 alone, ...
+            return None
+        return value if isinstance(value, Tensor) and value.dtype == torch.float64 else None
+
+    return call
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.detach().double() if x.is_floating_point() else x

@@ -1,0 +1,1 @@
+"""Solvers of smooth objectives, by values and gradients."""
