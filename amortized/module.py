@@ -39,7 +39,7 @@ from amortized.contract import (
     stream_seed,
     take,
 )
-from amortized.contract.faults import describe
+from amortized.contract.faults import describe, known_cause
 from amortized.finite import FiniteUpdates
 from amortized.lean import LeanModule
 from amortized.losses.objective import Loss, ObjectiveLoss
@@ -368,8 +368,8 @@ class AmortizedModule(LeanModule, abc.ABC):
             with draws(0, self.device):  # backward, as autograd.grad drops second derivatives without a word
                 self.signal(a).mean().backward()
         except Exception as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), "")
-            rank_zero_warn(f"compile: true is left out, as this cannot be compiled: {type(error).__name__}: {first}")
+            why = known_cause(error) or f"this cannot be compiled: {describe(error)}"
+            rank_zero_warn(f"compile: true is left out: {why}")
             self.signal = self.amortized_step
         for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient

@@ -252,7 +252,7 @@ def test_a_short_name_means_the_project_s_own_class(capsys):
     assert "class_path: amortized.networks.MLP" in capsys.readouterr().out
 
 
-def test_compile_without_a_compiler_is_told_in_one_line(capfd, monkeypatch):
+def test_compile_without_a_compiler_is_told_and_left_out(monkeypatch):
     class InvalidCxxCompiler(RuntimeError):  # as torch._inductor.exc has it
         pass
 
@@ -265,13 +265,13 @@ def test_compile_without_a_compiler_is_told_in_one_line(capfd, monkeypatch):
         return compiled
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    found = error(["fit", *TOY, "--model.compile=true"], capfd)
-    assert "compile needs a compiler that is not here: No working C++ compiler found in clang++" in found
-    assert "set compile to false" in found
+    with pytest.warns(UserWarning, match="No working C.. compiler found.*install one, or set compile to false"):
+        main(["fit", *TOY, "--model.compile=true", "--run_folder=run"])
+    assert Path("run/results.json").is_file()
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("amortized.evaluation.results.results", lambda *args: {}["ours"])
+    monkeypatch.setattr("amortized.callbacks.report.results", lambda *args: {}["ours"])
     monkeypatch.setattr("amortized.contract.faults.place", lambda error: None)  # the line above is of a test
     with pytest.raises(KeyError):
         main(["fit", *TOY])

@@ -80,7 +80,7 @@ def predict(model, contexts, *options, data="toy.Gaussians"):
     elif contexts is not None:
         np.save("contexts.npy", contexts.numpy())
     given = [] if contexts is None else [f"--data.predict={next(Path().glob('contexts.*'))}"]
-    main(["predict", f"--model={model}", f"--data={data}", *given, "--run_folder=out", *QUIET, *options])
+    main(["predict", f"--model={model}", f"--data={data}", *given, "--ckpt_path=untrained", "--run_folder=out", *QUIET, *options])
     return dict(np.load("out/predictions.npz")) if Path("out/predictions.npz").is_file() else None
 
 
@@ -151,6 +151,7 @@ def test_rows_are_named_and_have_their_contexts_on_request(capfd):
         "predict",
         "--model=test_predictions.Filed",
         "--data=toy.Gaussians",
+        "--ckpt_path=untrained",
         *QUIET,
         "--predictions.contexts=true",
     ]
@@ -175,6 +176,7 @@ def test_processes_with_folders_of_their_own_write_into_that_of_the_first(model)
         "predict",
         f"--model=test_predictions.{model}",
         *data,
+        "--ckpt_path=untrained",
         "--run_folder=out",
         *QUIET,
         "--data.eval_batch_size=100",
