@@ -80,7 +80,18 @@ def predict(model, contexts, *options, data="toy.Gaussians"):
     elif contexts is not None:
         np.save("contexts.npy", contexts.numpy())
     given = [] if contexts is None else [f"--data.predict={next(Path().glob('contexts.*'))}"]
-    main(["predict", f"--model={model}", f"--data={data}", *given, "--ckpt_path=untrained", "--run_folder=out", *QUIET, *options])
+    main(
+        [
+            "predict",
+            f"--model={model}",
+            f"--data={data}",
+            *given,
+            "--ckpt_path=untrained",
+            "--run_folder=out",
+            *QUIET,
+            *options,
+        ]
+    )
     return dict(np.load("out/predictions.npz")) if Path("out/predictions.npz").is_file() else None
 
 
