@@ -22,7 +22,10 @@ TWO = [
 
 CASES = [
     pytest.param(
-        path, size, id=f"{name}-{size}", marks=[] if (name, size) == ("classify_digits", 512) else pytest.mark.slow
+        path,
+        size,
+        id=f"{name}-{size}",
+        marks=[] if (name, size) == ("classify_digits", 512) else [pytest.mark.slow, *[pytest.mark.long] * (size == 7)],
     )
     for name, path in recipes().items()
     for size in (512, 7)

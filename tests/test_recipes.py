@@ -78,7 +78,18 @@ def test_ten_steps(runnable, tmp_path, capsys):
     assert (tmp_path / "run" / "pictures" / "solutions.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
+def minutes(path):
+    return float(re.search(r"about ([\d.]+) min", header(path))[1])
+
+
+def training(path):
+    """A minute or so is slow; the rest is for ``-m long``."""
+    return pytest.param(
+        path, id=path.stem, marks=[pytest.mark.slow, *([pytest.mark.long] if minutes(path) > 1.5 else [])]
+    )
+
+
+@pytest.mark.parametrize("recipe", map(training, recipes().values()))
 @pytest.mark.timeout(3600)
 def test_trains_to_the_gap_its_header_states(runnable, tmp_path):
     if " on a GPU" in header(runnable) and not torch.cuda.is_available():
