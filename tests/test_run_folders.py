@@ -57,7 +57,7 @@ def test_five_runs_started_at_once_have_five_folders():
     runs = [Run([*args, f"--seed_everything={seed}"], log=f"log-{seed}.txt") for seed in range(5)]
     for run in runs:
         assert run.wait() == 0, run.output()
-    folders = list(Path("runs/run").iterdir())
+    folders = list(Path("runs/Quadratic").iterdir())
     assert len(folders) == 5
     assert {last_checkpoint(folder)[checkpoint.RECIPE]["seed_everything"] for folder in folders} == set(range(5))
     assert all((folder / "results.json").is_file() for folder in folders)
@@ -84,7 +84,7 @@ def test_processes_that_start_apart_have_one_folder(command):
         time.sleep(1.2)  # so that they do not find the same time
     for run in late:
         assert run.wait() == 0, run.output()
-    (folder,) = Path("runs/run").iterdir()
+    (folder,) = Path("runs/Quadratic").iterdir()
     if command == "predict":
         assert len(list((folder / "predictions").iterdir())) == 833
 
@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_be_made_is_told(given, capsys):
 
 def test_a_run_that_cannot_start_leaves_no_folder(capsys):
     assert "devices" in refusal(capsys, *FIT, "--trainer.devices=0")
-    assert not list(Path("runs/run").iterdir())
+    assert not list(Path("runs/Quadratic").iterdir())
 
 
 def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(run, capsys):
