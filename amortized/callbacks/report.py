@@ -26,6 +26,7 @@ from amortized.callbacks.gap import Cases, GapMonitor
 from amortized.callbacks.page import page
 from amortized.callbacks.pictures import draw_budget, draw_curves, draw_gap, histogram
 from amortized.faults import describe
+from amortized.float64 import at_least_float32
 from amortized.loggers import attempt, log_results, log_worst
 from amortized.module import AmortizedModule
 from amortized.problem import take
@@ -409,5 +410,6 @@ def _metrics(directory: Path) -> list[dict[str, str]]:
 
 
 def _draw(module: AmortizedModule, a: Any, network: torch.Tensor, solver: torch.Tensor) -> Figure | None:
+    module, a = at_least_float32(module, a)  # half precision is none that can be drawn
     with torch.no_grad():
         return module.draw(a, {"network": network, "solver": solver})
