@@ -25,6 +25,7 @@ from amortized.contract import take
 from amortized.contract.faults import describe
 from amortized.evaluation.advice import advice
 from amortized.evaluation.budget import Budget
+from amortized.evaluation.float64 import at_least_float32
 from amortized.evaluation.gap import Cases
 from amortized.evaluation.results import _finite, results, worst_rows
 from amortized.loggers.wandb import attempt, log_results, log_worst
@@ -199,5 +200,6 @@ def _metrics(directory: Path) -> list[dict[str, str]]:
 
 
 def _draw(module: AmortizedModule, a: Any, network: torch.Tensor, solver: torch.Tensor) -> Figure | None:
+    module, a = at_least_float32(module, a)  # half precision is none that can be drawn
     with torch.no_grad():
         return module.draw(a, {"network": network, "solver": solver})

@@ -35,6 +35,7 @@ from amortized.contract import (
     stream_seed,
     take,
 )
+from amortized.evaluation.float64 import at_least_float32
 from amortized.module import AmortizedModule
 from amortized.solvers import Adam, Solver
 
@@ -212,7 +213,8 @@ def measure_budget(
     network does not. What the recording itself takes is not counted against the rivals. One that will not win is given up
     (:func:`beaten`). A recorded solver keeps the rows
     that it has finished, which an unrecorded one drops (unless the objective is random); so the rival's whole run is
-    timed unrecorded, and no time to equal quality counts for more than that.
+    timed unrecorded, and no time to equal quality counts for more than that. A module in half precision is timed and searched
+    in float32, on both sides.
 
     Args:
         problem: the module.
@@ -221,6 +223,7 @@ def measure_budget(
         repeats: runs of the network and of the rival, of which the median counts; other solvers run once.
         tol: what a solved row may lack, as a fraction of what the cold start lacks.
     """
+    problem, a = at_least_float32(problem, a)
     with torch.no_grad():
         b = problem(a)
         device = b.device

@@ -1,15 +1,32 @@
-"""The objective of a module, evaluated in float64, while the module stays as it is."""
+"""The objective of a module, evaluated in float64, while the module stays as it is; a module in half precision, in float32."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from amortized.contract import Context, map_leaves
+
+P = TypeVar("P")
+
+
+def at_least_float32(problem: P, a: Context) -> tuple[P, Context]:
+    """A module in half precision as a copy in float32, and its contexts so too; any other, and its contexts, as they are.
+
+    Solvers search in float32 or better, and there the weights are the same numbers: the problem stays what it is.
+    """
+    if not isinstance(problem, nn.Module) or not any(_is_half(x) for x in problem.parameters()):
+        return problem, a
+    return copy.deepcopy(problem).float(), map_leaves(lambda leaf: leaf.float() if _is_half(leaf) else leaf, a)
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 class _Method(nn.Module):

@@ -16,7 +16,7 @@ from amortized.contract import (
     stream_seed,
     take,
 )
-from amortized.evaluation.float64 import in_float64
+from amortized.evaluation.float64 import at_least_float32, in_float64
 from amortized.evaluation.metric import GapRows
 from amortized.module import AmortizedModule
 from amortized.solvers import Solution, Solver
@@ -38,7 +38,7 @@ def measure_gap(
     objective is searched with fixed draws, chosen between on a second set, and evaluated, all sides alike, on a third, and
     once more on a fourth, to say how much of the gap is noise. One that is not random has the prediction itself among the
     candidates, so that no gap is below 0. Whatever the solver's precision, values are compared in float64 where the problem
-    can be evaluated so; ``rounding`` says what they can be off by.
+    can be evaluated so; ``rounding`` says what they can be off by. A module in half precision is measured in float32.
 
     Args:
         problem: the module.
@@ -50,6 +50,7 @@ def measure_gap(
         decompose: also find the terms of :func:`~amortized.evaluation.metric.decomposition`, where the problem declares its
             ``optimum``; unless it declares ``family_optimum`` too, that costs another solver run, :func:`longer`.
     """
+    problem, a = at_least_float32(problem, a)
     b = b.detach().to(torch.promote_types(b.dtype, torch.float32))
     search, choice, value, fresh = (
         stream_seed(0, f"gap {use}", seed) for use in ("search", "choice", "value", "again")

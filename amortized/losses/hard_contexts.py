@@ -104,16 +104,21 @@ class HardContexts(Loss, nn.Module):
         x = (x - x.mean(0)) / (x.std(0, correction=0) + 1e-6)
         if self._projection is None or self._projection.device != x.device:
             generator = torch.Generator().manual_seed(0)
-            rows = torch.randn(x.shape[1], FEATURES, generator=generator) / x.shape[1] ** 0.5
-            self._projection = torch.cat([0.5 * torch.randn(1, FEATURES, generator=generator), rows]).to(x.device)
+            F, dtype = FEATURES, x.dtype  # not the default one, which is the run's
+            rows = torch.randn(x.shape[1], F, generator=generator, dtype=dtype) / x.shape[1] ** 0.5
+            offset = 0.5 * torch.randn(1, F, generator=generator, dtype=dtype)
+            self._projection = torch.cat([offset, rows]).to(x.device)
         z = torch.addmm(self._projection[0], x, self._projection[1:])
         return torch.cat([(z.abs() + 0.1).log(), z.new_ones(len(z), 1)], 1)
 
     @torch.no_grad()
     def scores(self, features: Tensor) -> Tensor:
         """``s``, shape ``(N,)``, the largest of them one; all alike before anything is learned."""
-        ridge = RIDGE * self.gram.diagonal().mean() + torch.finfo(torch.float32).tiny
-        v = torch.linalg.solve(self.gram + ridge * torch.eye(len(self.gram), device=features.device), self.moment)
+        gram = self.gram.float()
+        ridge = RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
+        v = torch.linalg.solve(
+            gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), self.moment.float()
+        )
         log_s = features.float() @ v
         return (log_s - log_s.max()).exp()
 
@@ -123,6 +128,7 @@ class HardContexts(Loss, nn.Module):
         target = (norm + 1e-3 * norm.mean()).log()
         known = target.isfinite()
         features, target = torch.where(known[:, None], features.float(), 0), torch.where(known, target, 0)
+        features, target = features.to(self.gram.dtype), target.to(self.gram.dtype)
         self.gram.mul_(MEMORY).addmm_(features.T, features)
         self.moment.mul_(MEMORY).addmv_(features.T, target)
 
@@ -133,7 +139,7 @@ class HardContexts(Loss, nn.Module):
 
     def drawn(self, p: Tensor, n: int) -> Tensor:
         """Row numbers ``(n,)``, row i ``n p_i`` times up to rounding: n equal steps through ``p`` from a random start."""
-        at = (torch.arange(n, device=p.device) + torch.rand(1, device=p.device)) / n
+        at = (torch.arange(n, device=p.device) + torch.rand(1, dtype=p.dtype, device=p.device)) / n
         return torch.searchsorted(p.cumsum(0), at).clamp_max(len(p) - 1)
 
 

@@ -86,7 +86,7 @@ class Sinusoid(AmortizedModule):
         from matplotlib.figure import Figure
 
         n = len(a.query_x)
-        x = torch.linspace(-5, 5, 201, device=a.query_x.device).expand(n, -1)
+        x = torch.linspace(-5, 5, 201, dtype=a.query_x.dtype, device=a.query_x.device).expand(n, -1)
         curves = {name: self.predict(b, x).cpu() for name, b in solutions.items()}
         figure = Figure(figsize=(10, 1.8 * math.ceil(n / 4) + 0.4), layout="constrained")
         panels = figure.subplots(math.ceil(n / 4), 4, squeeze=False, sharey=True).flat
