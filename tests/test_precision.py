@@ -16,7 +16,7 @@ from amortized.cli import main
 from amortized.evaluation.gap import measure_gap
 from amortized.solvers import LBFGS
 
-DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16, "32-true": torch.float32}
+DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "32-true": torch.float32}
 
 
 class Marked(NamedTuple):

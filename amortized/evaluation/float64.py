@@ -22,7 +22,9 @@ def at_least_float32(problem: P, a: Context) -> tuple[P, Context]:
     """
     if not isinstance(problem, nn.Module) or not any(_is_half(x) for x in problem.parameters()):
         return problem, a
-    return copy.deepcopy(problem).float(), map_leaves(lambda leaf: leaf.float() if _is_half(leaf) else leaf, a)
+    with torch.inference_mode(False):
+        whole = copy.deepcopy(problem).float()
+    return whole, map_leaves(lambda leaf: leaf.float() if _is_half(leaf) else leaf, a)
 
 
 def _is_half(x: Tensor) -> bool:
