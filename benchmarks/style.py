@@ -28,8 +28,8 @@ from torch import Tensor
 from amortized import checkpoint
 from amortized.contract import evaluate, num_rows, take
 from amortized.evaluation.budget import measure_budget
-from amortized.networks import Stylization
 from amortized.problems import StylePair, StylePairs, StyleTransfer
+from amortized.problems.style import Stylization
 from amortized.solvers import LBFGS, Adam, Solver
 from amortized.solvers.tune import tune
 

@@ -6,6 +6,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )  # for other processes
 
 import pytest
+import sklearn.datasets  # noqa: F401  (as does this)
 import torch
 
 import amortized.cli.app  # noqa: F401  (what it imports sets environment variables, once)

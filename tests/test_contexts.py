@@ -136,7 +136,7 @@ DATASETS = {
     "tuples": (TensorDataset(X, Y), r"the rows of Given.contexts\('val'\), a TensorDataset: .* got a list of 2"),
     "dicts": (Items([{"x": x} for x in X]), r"a Items: .* got a dict with the keys x"),
     "ragged": (Items([X[0], X[0, :2]]), r"a Items, fails: RuntimeError: stack expects each tensor to be equal size"),
-    "broken": (Items({"a": X, "b": X}), r"a Items, fails: KeyError: 0 \(.*toy.py:\d+\)"),
+    "broken": (Items({"a": X, "b": X}), r"a Items, fails: KeyError: 0 \(.*toy.py, line \d+, in __getitem__\)"),
     "no length": (Items(None), r"a Items whose length is not known \(TypeError: object of type 'NoneType' has no len"),
     "endless": (
         type("Stream", (IterableDataset,), {"__iter__": None})(),
@@ -186,7 +186,7 @@ SAMPLES = {
     ),
     "fault": (
         lambda n, generator: torch.randn(n, 3, generatr=generator),
-        r"fails: TypeError: .*\(.*test_contexts.py:\d+\)",
+        r"fails: TypeError: .*\(.*test_contexts.py, line \d+, in .*\)",
     ),
     "arguments": (
         lambda n: torch.randn(n, 3),
@@ -212,7 +212,10 @@ def test_samples_of_few_values_and_those_to_be_completed_pass():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"train": X}, r"Given\.contexts\('val'\) fails: KeyError: 'val' \(.*test_contexts.py:\d+\)"),
+        (
+            {"train": X},
+            r"Given\.contexts\('val'\) fails: KeyError: 'val' \(.*test_contexts.py, line \d+, in contexts\)",
+        ),
         (
             {"train": X, "val": None},
             r"contexts\('val'\) gives None, but .* `return super\(\).contexts\('val'\)` samples one",
@@ -237,5 +240,6 @@ def test_faults_in_contexts_are_one_line_and_status_2(workers, capsys):
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert re.fullmatch(
-        r"error: FailingLate\.augment\(\.\.\., \.\.\.\) fails: ValueError: batch 5 .*\(.*toy\.py:\d+\)", line
+        r"error: FailingLate\.augment\(\.\.\., \.\.\.\) fails: ValueError: batch 5 .*\(.*toy\.py, line \d+, in augment\).*",
+        line,
     )

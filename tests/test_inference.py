@@ -278,7 +278,7 @@ def test_inference_alone_on_what_a_trained_model_generates(capsys):
         "--data=GeneratedImages", "--data.latent=8", "--data.num_val=16", "--data.num_test=64",
         *("--data." + option.format(p="decoder") for option in decoder),
     ])  # fmt: skip
-    trained = checkpoint.load(checkpoint.newest("run"))["state_dict"]
+    trained = checkpoint.load(checkpoint.newest("run").path)["state_dict"]
     given = checkpoint.load(weights)["state_dict"]
     assert torch.equal(trained["decoder.network.0.weight"], given["decoder.0.weight"])
     assert not torch.equal(trained["network.0.weight"], given["network.0.weight"])

@@ -19,7 +19,6 @@ from amortized.networks import (
     Recurrent,
     SetMoments,
     SetTransformer,
-    Stylization,
 )
 from amortized.posteriors import DiagonalGaussian, Flow, FullGaussian
 from amortized.problems import (
@@ -52,6 +51,7 @@ from amortized.problems import (
     TwoMoons,
 )
 from amortized.problems.inference.evidence import AnnealedImportanceSampling
+from amortized.problems.style import Stylization
 from amortized.solvers import LBFGS, GradientDescent, LearnedUpdate
 from amortized.testing import CHECKS, check_problem, equal
 

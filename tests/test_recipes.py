@@ -72,7 +72,8 @@ def test_prints_its_config(recipe, capsys):
 
 
 def test_ten_steps(runnable, tmp_path, capsys):
-    run = fit(runnable, tmp_path, "--trainer.max_steps=10", "--trainer.val_check_interval=10", *SMALL)
+    alone = ["--trainer.callbacks=null"] if "PosteriorDiagnostics" in runnable.read_text() else []  # tested elsewhere
+    run = fit(runnable, tmp_path, "--trainer.max_steps=10", "--trainer.val_check_interval=10", *SMALL, *alone)
     assert run["rows"]["total"] == 16 or "Digits" in runnable.read_text()
     assert run["gap"]["mean"] is not None
     assert (tmp_path / "run" / "pictures" / "solutions.png").stat().st_size > 10_000

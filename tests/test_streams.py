@@ -6,7 +6,8 @@ import pytest
 import torch
 from toy import Gaussians, Quadratic
 
-from amortized.contract import _BITS, CommonDraws, stream_seed
+from amortized.contract import CommonDraws, stream_seed
+from amortized.contract.streams import _BITS
 from amortized.evaluation.gap import measure_gap
 from amortized.solvers import LBFGS, GradientDescent
 

@@ -15,9 +15,8 @@ from torch.nn.functional import conv2d
 
 from amortized.cli.app import main
 from amortized.contract import ProblemError, evaluate
-from amortized.networks import VGG19, EfficientNetLite0, Stylization
 from amortized.problems import StylePairs, StyleTransfer
-from amortized.problems.style import features, stylization
+from amortized.problems.style import VGG19, EfficientNetLite0, Stylization, features, stylization
 from amortized.problems.style.images import ImageList, image_folder, photographs, read_image, textures
 from amortized.problems.style.transfer import SMOOTH
 from amortized.solvers import Adam

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from amortized.contract import ProblemError, evaluate, num_rows
+from amortized.contract import ProblemError, evaluate, num_rows, rows_where, take
 from amortized.module import AmortizedModule
 from amortized.posteriors import DiagonalGaussian, FullGaussian, Posterior, normal_points
 from amortized.problems.simulation.contexts import Simulation
@@ -182,10 +182,13 @@ class NeuralPosterior(AmortizedModule):
     def predict_step(self, a: Simulation, batch_idx: int) -> dict[str, Any]:
         """The posterior's coordinates, mean and standard deviation, draws of it and their log density."""
         b = self(a)
-        q = self.decode(b, a)
+        finite = rows_where(
+            torch.isfinite, b
+        )  # the objective need not be: nobody knows the parameters of an observation
+        q = self.decode(take(b, finite), take(a, finite))
         theta = q.sample((self.draws,))
         decoded = Predicted(q.mean, q.stddev, theta.transpose(0, 1), q.log_prob(theta).T)
-        return {"b": b, "objective": evaluate(self, b, a), "decoded": decoded}
+        return {"b": b, "objective": evaluate(self, b, a), "finite": finite, "decoded": decoded}
 
     def draw(self, a: Simulation, solutions: dict[str, Tensor]) -> Figure:
         """The first two parameters: draws of each posterior, of the true one where there are some, and the true parameters."""
