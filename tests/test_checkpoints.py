@@ -52,7 +52,8 @@ def refusal(capsys, *args):
         main([str(arg) for arg in args])
     assert stop.value.code == 2
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1, err
+    assert sum(line.startswith("error: ") for line in err.splitlines()) == 1, err
+    assert err.splitlines()[-1].startswith("error: "), err
     assert "Traceback" not in out + err
     return err
 

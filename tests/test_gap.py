@@ -323,7 +323,7 @@ def test_the_monitor_keeps_to_its_fraction_and_says_how_many_it_measured():
     slow = [
         "--gap.max_fraction=0.5",
         "--gap.solver=GradientDescent",
-        "--gap.solver.steps=100",
+        "--gap.solver.steps=1000",
         "--gap.solver.tol=0",
         "--gap.solver.lr=1e-5",
     ]

@@ -352,6 +352,7 @@ def test_a_rival_that_never_reaches_the_network_says_so():
 
 
 def test_all_sides_have_the_same_draws_whatever_their_layout():
+    torch.manual_seed(0)
     problem, b, a = CommonDraws(Quadratic(noise=1.0), seed=0), torch.randn(5, 3), torch.randn(5, 3)
     assert torch.equal(problem.objective(b, a), problem.objective(b.T.contiguous().T, a))
     module = Quadratic(noise=1.0).eval()

@@ -84,7 +84,7 @@ def test_processes_that_start_apart_have_one_folder(command):
         time.sleep(1.2)  # so that they do not find the same time
     for run in late:
         assert run.wait() == 0, run.output()
-    (folder,) = Path("runs/Quadratic").iterdir()
+    (folder,) = Path("runs/Filed").iterdir()
     if command == "predict":
         assert len(list((folder / "predictions").iterdir())) == 833
 
