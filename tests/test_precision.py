@@ -83,7 +83,9 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-@pytest.mark.parametrize("recipe", [RECIPES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES[1:])])
+@pytest.mark.parametrize(
+    "recipe", [RECIPES[0], *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in RECIPES[1:])]
+)
 def test_a_recipe_runs_in_it(recipe, precision):
     args = [
         "-c",

@@ -25,7 +25,7 @@ CASES = [
         path,
         size,
         id=f"{name}-{size}",
-        marks=[] if (name, size) == ("classify_digits", 512) else [pytest.mark.slow, *[pytest.mark.long] * (size == 7)],
+        marks=[] if (name, size) == ("classify_digits", 512) else [pytest.mark.slow, pytest.mark.long],
     )
     for name, path in recipes().items()
     for size in (512, 7)
@@ -63,7 +63,9 @@ FAULTY = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=[pytest.mark.slow, pytest.mark.long])]
+)
 @pytest.mark.parametrize(("model", "data", "message"), FAULTY.values(), ids=FAULTY)
 def test_a_fault_is_one_line_and_status_2(model, data, message, strategy, capfd):
     args = [*TWO, f"--trainer.strategy={strategy}", "--trainer.max_steps=9", "--data.num_val=8", "--data.num_test=8"]
