@@ -23,7 +23,6 @@ from amortized.module import AmortizedModule
 from amortized.solvers import LBFGS, Solver
 
 LEAST = 30
-
 """Rows, at least, of a gap that is reported during training."""
 
 

@@ -59,15 +59,12 @@ from amortized.loggers.wandb import attempt, finish, log_checkpoint, wandb_logge
 from amortized.module import AmortizedModule
 
 RUN = "AMORTIZED_RUN_FOLDER"
-
 """Environment variable by which processes that a run launches find its folder."""
 
 UNTRAINED = "untrained"
-
 """``--ckpt_path`` of the network as it is initialised."""
 
 DISK_FAULTS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")}
-
 """What a disk that is full, read-only, forbidden or broken says."""
 
 
@@ -569,7 +566,6 @@ def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:
 
 
 SMALL = 1_000_000
-
 """Parameters of a network below which torch's threads wait for each other longer than they work."""
 
 

@@ -23,7 +23,6 @@ from amortized.module import AmortizedModule
 from amortized.solvers import Solver
 
 NAMED = ("model", "data", "gap", "budget")
-
 """Settings with classes in them, which may be given by their short names."""
 
 MAX_CHARACTERS, MAX_DEPTH = 1_000_000, 100

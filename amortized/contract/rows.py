@@ -11,7 +11,6 @@ from torch import Tensor
 from amortized.contract.error import ProblemError
 
 Context: TypeAlias = Any
-
 """A tensor ``(B, *)``, or a (nested) ``NamedTuple`` of tensors that all have the leading dimension B."""
 
 

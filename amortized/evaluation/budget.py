@@ -40,7 +40,6 @@ from amortized.module import AmortizedModule
 from amortized.solvers import Adam, Solver
 
 ROUNDING = 1e-6
-
 """Values that differ by less, relatively, are the same."""
 
 
@@ -261,11 +260,9 @@ def measure_budget(
 
 
 Hopeless: TypeAlias = Callable[[float, int, Tensor], bool]
-
 """Whether to give a run up, from its seconds, its evaluations and its best values ``(B,)`` so far."""
 
 PATIENCE = 5
-
 """Times what the leader needed: so much each rival may take."""
 
 

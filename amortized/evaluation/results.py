@@ -16,7 +16,6 @@ NOT_MEASURED: dict[str, Any] = dict.fromkeys(
         *("rows_never_solved_cold", "rows_never_solved_warm"),
     )
 )
-
 """``time`` in ``results.json`` where there was no budget."""
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SECONDS_TO_REACH = 15.0
-
 """How long a run waits for W&B's server before it logs offline."""
 
 

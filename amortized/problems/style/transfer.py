@@ -151,11 +151,9 @@ class StyleTransfer(AmortizedModule):
 
 
 SMOOTH = 0.02
-
 """Differences of neighbouring pixels that count as small, for the total variation."""
 
 FLOOR = 0.05
-
 """Variance of an activation that counts as none: what a flat image or painting is measured by. Paintings have about 1."""
 
 
