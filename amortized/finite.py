@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from amortized.contexts.data_module import ContextDataModule
-from amortized.contract import Context, ProblemError, draws, evaluate, leaves, num_rows, take
+from amortized.contract import Context, ProblemError, draws, evaluate, leaves, num_rows, stream_seed, take
 
 if TYPE_CHECKING:
     from amortized.module import AmortizedModule
@@ -198,7 +198,7 @@ def _signal_alone(module: AmortizedModule, a: Context) -> Tensor:
     """The losses of rows that do not see each other: layers that mix them in training do not in evaluation."""
     training = module.training
     module.eval()  # no running statistics move either, and no layer waits for other processes
-    with draws(0, module.device):
+    with draws(stream_seed(0, "check", 0), module.device):
         signal = module.amortized_step(a)
     module.train(training)
     return signal

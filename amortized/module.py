@@ -365,7 +365,9 @@ class AmortizedModule(LeanModule, abc.ABC):
         parameters, before = list(self.parameters()), [b.clone() for b in self.buffers()]
         gradients = [p.grad for p in parameters]
         try:
-            with draws(0, self.device):  # backward, as autograd.grad drops second derivatives without a word
+            with draws(
+                stream_seed(0, "check", 0), self.device
+            ):  # backward, as autograd.grad drops second derivatives without a word
                 self.signal(a).mean().backward()
         except Exception as error:
             why = known_cause(error) or f"this cannot be compiled: {describe(error)}"

@@ -176,23 +176,31 @@ class _Conditioner:
         return _transforms().DependentTransform(_transforms().MonotonicAffineTransform(shift, log_scale), 1)
 
 
-class PushForward(torch.distributions.TransformedDistribution):
+class PointMoments(Distribution):
+    """A distribution whose mean and variance are those of points that it spreads evenly over itself."""
+
+    def points(self) -> Tensor:
+        """The points, ``(S, B, n)``."""
+        raise NotImplementedError
+
+    @property
+    def mean(self) -> Tensor:
+        return self.points().mean(0)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.points().var(0)
+
+
+class PushForward(PointMoments, torch.distributions.TransformedDistribution):
     """A transformed distribution that also has the moments which its base has, estimated from 512 Sobol points."""
 
     def __init__(self, transform: torch.distributions.Transform, base: Distribution) -> None:
         super().__init__(base, [transform], validate_args=False)
 
-    def _points(self) -> Tensor:
+    def points(self) -> Tensor:
         noise = normal_points(self.event_shape[0], 512).to(self.base_dist.mean)
         return self.transforms[0](noise[:, None].expand(-1, *self.batch_shape, -1))
-
-    @property
-    def mean(self) -> Tensor:
-        return self._points().mean(0)
-
-    @property
-    def variance(self) -> Tensor:
-        return self._points().var(0)
 
 
 def standard_normal(noise: Tensor) -> Tensor:

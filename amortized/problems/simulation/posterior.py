@@ -24,11 +24,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from amortized.contract import ProblemError, evaluate, num_rows, rows_where, take
 from amortized.module import AmortizedModule
-from amortized.posteriors import DiagonalGaussian, FullGaussian, Posterior, normal_points
+from amortized.posteriors import DiagonalGaussian, FullGaussian, PointMoments, Posterior, normal_points
 from amortized.problems.simulation.contexts import Simulation
 from amortized.problems.simulation.priors import Prior
 from amortized.problems.simulation.simulators import GaussianLinear, Simulator
@@ -43,7 +42,7 @@ class Observation(NamedTuple):
     x: Tensor
 
 
-class ParameterPosterior(Distribution):
+class ParameterPosterior(PointMoments):
     """``q(theta)``: a member of the family in the prior's coordinates, mapped onto the prior's support."""
 
     arg_constraints: dict[str, Any] = {}
@@ -70,15 +69,7 @@ class ParameterPosterior(Distribution):
         density = self.family.distribution(self.b).log_prob(u) - self.prior.log_det(u)
         return torch.where(self.prior.contains(value) | value.isnan().any(-1), density, -torch.inf)
 
-    @property
-    def mean(self) -> Tensor:
-        return self._points().mean(0)
-
-    @property
-    def variance(self) -> Tensor:
-        return self._points().var(0)
-
-    def _points(self) -> Tensor:
+    def points(self) -> Tensor:
         noise = normal_points(self.family.latent, 512).to(self.b)
         theta: Tensor = self.prior(self.family.draw(self.b, noise[:, None].expand(-1, len(self.b), -1))[0])
         return theta
