@@ -17,6 +17,7 @@ probability of at most alpha (Massart 1990): the *band*, here for all parameters
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,20 +74,29 @@ def band(n: int, alpha: float) -> float:
     return math.sqrt(math.log(2 / alpha) / (2 * n))
 
 
-def c2st(truth: Tensor, draws: Tensor, seed: int = 1) -> float:
+def c2st(truth: Tensor, draws: Tensor, seed: int = 1, epochs: int = 10_000) -> float:
     """The accuracy with which a classifier tells draws ``(N, d)`` from as many of the true posterior, 5-fold cross-validated.
 
-    The classifier of Lueckmann et al. (2021): two hidden layers of 10 d units, inputs scaled by the true draws.
+    The classifier of Lueckmann et al. (2021): two hidden layers of 10 d units, inputs scaled by the true draws. Where the draws
+    are alike it trains long, on nothing: ``epochs`` is the most it may take. More than one thread would make it slower.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import KFold, cross_val_score
     from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits
 
     inputs = (torch.cat([truth, draws]) - truth.mean(0)) / truth.std(0)
     labels = torch.arange(len(inputs)) >= len(truth)
     width = 10 * truth.shape[1]
-    classifier = MLPClassifier((width, width), max_iter=10_000, random_state=seed)
+    classifier = MLPClassifier((width, width), max_iter=epochs, random_state=seed)
     folds = KFold(5, shuffle=True, random_state=seed)
-    return float(cross_val_score(classifier, inputs.cpu().numpy(), labels.numpy(), cv=folds).mean())
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return float(cross_val_score(classifier, inputs.cpu().numpy(), labels.numpy(), cv=folds).mean())
+
+
+EPOCHS = 100
+"""Of the classifier at a test: enough to see what is plainly wrong; ``benchmarks/simulation.py`` trains it to its end."""
 
 
 class PosteriorDiagnostics(Callback):
@@ -96,7 +106,8 @@ class PosteriorDiagnostics(Callback):
       ``calibrated``: whether both are within it. ``ranks`` has the deviation of each parameter.
     * ``predictive``: the share of observed numbers within the central 90 % of what the simulator makes of posterior draws,
       over the first 64 contexts (more than 90 % as a rule: q saw them); ``null`` without a simulator.
-    * ``c2st``: its mean over the first ``c2st`` contexts, 1,000 draws each; ``null`` where the simulator has no posterior.
+    * ``c2st``: its mean over the first ``c2st`` contexts, 1,000 draws each, 100 epochs at most;
+      ``null`` where the simulator has no posterior.
     * ``simulated`` and ``failed``: simulations so far, of this process, and how many of those were not finite.
 
     Args:
@@ -179,7 +190,7 @@ class PosteriorDiagnostics(Callback):
         truth = simulator.posterior(a.x[:few], 1000, generator) if few else None
         if truth is not None:
             theta = simulator.prior(self._draw(module, b[:few], 1000, generator)).transpose(0, 1)
-            scores = [c2st(*pair) for pair in zip(truth, theta, strict=True)]
+            scores = [c2st(*pair, epochs=EPOCHS) for pair in zip(truth, theta, strict=True)]
             found["c2st"] = sum(scores) / len(scores)
         return found
 
