@@ -22,7 +22,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributions.constraints import Constraint
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
@@ -32,9 +31,9 @@ from amortized.contract import (
     Context,
     ProblemError,
     check_objective,
+    check_support,
     draws,
     evaluate,
-    num_rows,
     rows_where,
     stream_seed,
     take,
@@ -230,7 +229,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         A row that is not finite counts: the mean is then not finite either, so that no checkpoint, early stop or sweep takes a
         model that fails on hard rows for a good one. ``val/not_finite`` is the fraction of such rows, where there are any.
         """
-        self._check_support(a)
+        check_support(self, a)
         b = self(a)
         value = evaluate(self, b, a)
         (self._shifted_mean if dataloader_idx else self._objective_mean).update(value)
@@ -245,7 +244,7 @@ class AmortizedModule(LeanModule, abc.ABC):
 
         A context with a NaN is not shown to the model: its prediction is NaN, those of the other rows are as without it.
         """
-        self._check_support(a)
+        check_support(self, a)
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
         known = take(a, given)
         b = self(known)
@@ -319,24 +318,6 @@ class AmortizedModule(LeanModule, abc.ABC):
         for metric in (self._objective_mean, self._shifted_mean, self._bad_rows):
             metric.reset()
 
-    def _check_support(self, a: Context) -> None:
-        support = self.support()
-        if support is None or not num_rows(a):
-            return
-        for field, constraint in support.items() if isinstance(support, dict) else [(None, support)]:
-            x = a if field is None else getattr(a, field)
-            eps = 1e-6  # what arithmetic on the data may have added
-            outside = ~(constraint.check(x) | constraint.check(x + eps) | constraint.check(x - eps))
-            outside = outside & ~(x if outside.ndim == x.ndim else x.flatten(outside.ndim).sum(-1)).isnan()
-            if outside.any():
-                row = int(outside.nonzero()[0][0])
-                known = x[~x.isnan()]
-                what = "contexts" if field is None else f"contexts' {field}"
-                raise ProblemError(
-                    f"{type(self).__name__} allows {what} in {_domain(constraint)}; got values from {float(known.min()):g} to "
-                    f"{float(known.max()):g} (row {row} of a batch): scale the data, or choose a likelihood that has them"
-                )
-
     def check(self, a: Context, updates: int = 1) -> None:
         """Check the network and the objective against their contracts on one batch; see :func:`check_objective`.
 
@@ -350,7 +331,7 @@ class AmortizedModule(LeanModule, abc.ABC):
             )
         if updates > 1 and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise ProblemError("batches_per_step > 1 does not scale losses for float16: use precision bf16-mixed or 32")
-        self._check_support(a)
+        check_support(self, a)
         training = self.training
         self.eval()  # and with the random numbers put back: the check leaves no trace in the run
         with draws(stream_seed(0, "check", 0), self.device), torch.no_grad():
@@ -405,12 +386,6 @@ def _told(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ProblemError(f"{what}: {describe(error)}; AMORTIZED_DEBUG=1 shows all") from error
-
-
-def _domain(constraint: Constraint) -> str:
-    """A constraint in words: ``[0, 1]``, or its name."""
-    low, high = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
-    return f"[{low:g}, {high:g}]" if low is not None and high is not None else str(constraint).removesuffix("()")
 
 
 def _filled(rows: Tensor, given: Tensor) -> Tensor:

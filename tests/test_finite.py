@@ -12,6 +12,7 @@ from toy import Gaussians, LateNaN, Quadratic, Sharp
 
 from amortized import AmortizedModule, ProblemError
 from amortized.cli.app import main
+from amortized.contract import check_support
 from amortized.finite import FiniteUpdates
 from amortized.losses.hard_contexts import HardContexts
 from amortized.solvers import GradientDescent
@@ -264,14 +265,14 @@ def test_images_of_another_range_are_refused_by_a_bernoulli_likelihood():
     for likelihood, allowed in (("bernoulli", False), ("gaussian", True)):
         vae.likelihood = likelihood
         if allowed:
-            vae._check_support(255 * torch.rand(4, 9))
+            check_support(vae, 255 * torch.rand(4, 9))
         else:
             with pytest.raises(ProblemError, match=r"VAE allows contexts in \[0, 1\]; got values from"):
-                vae._check_support(255 * torch.rand(4, 9))
+                check_support(vae, 255 * torch.rand(4, 9))
     model = Classification(nn.Linear(64, 10))
-    model._check_support(Labelled(torch.rand(2, 64), torch.full((2, 10), 0.1)))
+    check_support(model, Labelled(torch.rand(2, 64), torch.full((2, 10), 0.1)))
     with pytest.raises(ProblemError, match="target in Simplex; got values from 1 to 1"):
-        model._check_support(Labelled(torch.rand(2, 64), torch.ones(2, 10)))
+        check_support(model, Labelled(torch.rand(2, 64), torch.ones(2, 10)))
 
 
 class Faulty(Quadratic):

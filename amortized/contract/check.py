@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 
 from amortized.contract.draws import draws, is_random
 from amortized.contract.error import ProblemError
 from amortized.contract.problem import Problem, evaluate
-from amortized.contract.rows import Context, leaves, take
+from amortized.contract.rows import Context, leaves, num_rows, take
 from amortized.contract.streams import stream_seed
 
 
@@ -109,6 +110,36 @@ def check_objective(problem: Problem, b: Tensor, a: Context) -> None:
         off = (torch.cat(parts) - value.detach()).abs() > 1e-3 * (1 + value.detach().abs())
         if off.any():
             raise ProblemError(_mixes(name, int(off.nonzero()[0]), None))
+
+
+def check_support(problem: Any, a: Context) -> None:
+    """Check that contexts lie where ``problem.support()`` says that they must; NaN is no matter of the support.
+
+    Raises:
+        ProblemError: with the range of the values that were found.
+    """
+    support = problem.support()
+    if support is None or not num_rows(a):
+        return
+    for field, constraint in support.items() if isinstance(support, dict) else [(None, support)]:
+        x = a if field is None else getattr(a, field)
+        eps = 1e-6  # what arithmetic on the data may have added
+        outside = ~(constraint.check(x) | constraint.check(x + eps) | constraint.check(x - eps))
+        outside = outside & ~(x if outside.ndim == x.ndim else x.flatten(outside.ndim).sum(-1)).isnan()
+        if outside.any():
+            row = int(outside.nonzero()[0][0])
+            known = x[~x.isnan()]
+            what = "contexts" if field is None else f"contexts' {field}"
+            raise ProblemError(
+                f"{type(problem).__name__} allows {what} in {_domain(constraint)}; got values from {float(known.min()):g} to "
+                f"{float(known.max()):g} (row {row} of a batch): scale the data, or choose a likelihood that has them"
+            )
+
+
+def _domain(constraint: Constraint) -> str:
+    """A constraint in words: ``[0, 1]``, or its name."""
+    low, high = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
+    return f"[{low:g}, {high:g}]" if low is not None and high is not None else str(constraint).removesuffix("()")
 
 
 def _mixes(name: str, row: int, other: int | None) -> str:
