@@ -7,21 +7,16 @@ pictures, checkpoints and results. A recipe is code: it can name any class that 
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import errno
 import functools
-import importlib
-import io
 import logging
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +44,8 @@ from amortized.cli.errors import UsageError
 from amortized.cli.help_text import COMMANDS, help_text, top_help
 from amortized.cli.parsing import Parser, cause_of, full_options
 from amortized.cli.recipes import recipes, resolve_recipe
+from amortized.cli.slurm import requeue
+from amortized.cli.surroundings import any_terminal, say, working_directory_importable
 from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import ProblemError, faults
 from amortized.evaluation.budget import default_rivals
@@ -538,26 +535,6 @@ class AmortizedCLI(LightningCLI):
                     attempt(logger, log_checkpoint, logger, last.path)
 
 
-@rank_zero_only
-def say(line: str) -> None:
-    """Tell the person at the terminal, once."""
-    print(line, flush=True)
-
-
-def requeue() -> None:
-    """Put this SLURM job back into the queue; there the same command goes on from the checkpoint."""
-    array, job = (os.environ.get(name) for name in ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID"))
-    job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else job
-    if not job:
-        return
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"job {job} could not be put back into the queue: {error}", file=sys.stderr)
-    else:
-        print(f"job {job} is back in the queue")
-
-
 def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:
     """Every setting of the run, as plain values."""
     command = str(cli.subcommand)
@@ -580,44 +557,6 @@ def default_threads(model: torch.nn.Module) -> int:
     return 1 if small and "OMP_NUM_THREADS" not in os.environ else torch.get_num_threads()
 
 
-def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Characters for a terminal that lacks those of the table."""
-    assert isinstance(error, UnicodeEncodeError)
-    plain = {"±": "+-", "─": "-", "−": "-", "…": "~", "·": "-"}
-    return "".join(plain.get(character, "?") for character in error.object[error.start : error.end]), error.end
-
-
-codecs.register_error("plain", _plain)
-
-
-@contextlib.contextmanager
-def _any_terminal() -> Iterator[None]:
-    """What a terminal's encoding lacks is printed in other characters, rather than an error."""
-    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
-    before = [stream.errors for stream in streams]
-    for stream in streams:
-        stream.reconfigure(errors="plain")
-    try:
-        yield
-    finally:
-        for stream, errors in zip(streams, before, strict=True):
-            stream.reconfigure(errors=errors)
-
-
-@contextlib.contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """Last on the path, so that a file there hides no library."""
-    here = os.getcwd()
-    sys.path.append(here)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.reverse()
-        sys.path.remove(here)
-        sys.path.reverse()
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the command line; ``args`` in place of ``sys.argv[1:]``. Classes in the working directory can be named.
 
@@ -635,7 +574,7 @@ def main(args: list[str] | None = None) -> None:
     environment = dict(os.environ)
     handlers = {number: signal.signal(number, raise_interrupted) for number in STOPS}
     try:
-        with warnings.catch_warnings(), _any_terminal(), _working_directory_importable():
+        with warnings.catch_warnings(), any_terminal(), working_directory_importable():
             warnings.filterwarnings(
                 "ignore",
                 message=".*(does not have many workers|LeafSpec|args parameter is intended|recommended to use .self.log|"
