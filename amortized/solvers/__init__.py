@@ -16,6 +16,8 @@ few unknowns, twice differentiable            :class:`Newton`
 ``update``: a fixed point                     :class:`Anderson`
 ============================================  =====================================================================
 
+:func:`solver_for` chooses by what the problem has.
+
 To refine a prediction inside ``forward``: :class:`LearnedUpdate`, :class:`GradientDescent`, :class:`Adam`,
 :class:`FISTA`, :class:`Anderson`, or the quasi-Newton solvers. For a single problem (B = 1) use
 :class:`amortized.solvers.external.SciPy`: a round costs mostly the dispatch of its operations, which only many rows pay
@@ -34,6 +36,7 @@ from amortized.solvers.smooth.gradient_descent import GradientDescent
 from amortized.solvers.smooth.lbfgs import LBFGS
 from amortized.solvers.smooth.learned_update import LearnedUpdate
 from amortized.solvers.smooth.newton import Newton
+from amortized.solvers.structure import solver_for
 from amortized.solvers.structured.admm import ADMM
 from amortized.solvers.structured.augmented_lagrangian import AugmentedLagrangian
 from amortized.solvers.structured.fista import FISTA
@@ -61,5 +64,6 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "solver_for",
     "tune",
 ]
