@@ -82,9 +82,12 @@ class Budget(NamedTuple):
 
     @property
     def finite(self) -> Tensor:
-        """The rows ``(B,)`` on which the network and every run ended with a finite value: those of the means."""
-        ends = torch.stack([self.network, *(curve.values[-1] for curve in self.cold + self.warm)])
-        return ends.isfinite().all(0)
+        """The rows ``(B,)`` on which the network and every run ended with a finite value: those of the means.
+
+        A run that ended so on no row at all has no mean, and no say.
+        """
+        runs = [curve.values[-1] for curve in self.cold + self.warm]
+        return torch.stack([self.network, *(end for end in runs if end.isfinite().any())]).isfinite().all(0)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the finite rows of values ``(..., B)``."""
