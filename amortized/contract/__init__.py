@@ -4,7 +4,7 @@ A problem is any object with ``objective(b, a) -> (B,)``: B independent problems
 row. Contexts ``a`` are a tensor or a ``NamedTuple`` of tensors; solutions ``b`` are one real tensor ``(B, *)``.
 """
 
-from amortized.contract.check import check_context, check_objective, check_support
+from amortized.contract.check import check_constraints, check_context, check_objective, check_support
 from amortized.contract.constraints import best_of, better, constrained, feasibility_tol, feasible_value, violation
 from amortized.contract.draws import CommonDraws, draws, is_random, start_draws
 from amortized.contract.error import ProblemError
@@ -41,6 +41,7 @@ __all__ = [
     "QuadraticProgram",
     "best_of",
     "better",
+    "check_constraints",
     "check_context",
     "check_objective",
     "check_seed",

@@ -32,6 +32,8 @@ def violation(problem: Problem, b: Tensor, a: Context) -> Tensor:
     where a constraint is. Differentiable where the constraints are.
     """
     p: Any = problem
+    if not len(b):
+        return b.new_zeros(0)
     if hasattr(p, "equality") or hasattr(p, "inequality"):
         parts = [p.equality(b, a).abs()] if hasattr(p, "equality") else []
         parts += [p.inequality(b, a).clamp(min=0)] if hasattr(p, "inequality") else []
