@@ -139,10 +139,15 @@ class Anchored(NamedTuple):
 
 
 class _Held:
-    """``L(b; a) + λ/2 ‖b − at‖²``."""
+    """``L(b; a) + λ/2 ‖b − at‖²``, subject to what the problem is subject to."""
 
     def __init__(self, problem: Any, anchor: float) -> None:
         self.problem, self.anchor = problem, anchor
+        for name in ("equality", "inequality", "project"):
+            if method := getattr(problem, name, None):
+                setattr(self, name, lambda b, a, method=method: method(b, a.a))
+        if hasattr(problem, "feasibility_tol"):
+            self.feasibility_tol = problem.feasibility_tol
 
     def objective(self, b: Tensor, a: Anchored) -> Tensor:
         value: Tensor = self.problem.objective(b, a.a)
@@ -199,9 +204,9 @@ class Implicit(Solver):
     def _held(self, problem: Any, a: Context, b: Tensor) -> tuple[Any, Context]:
         return (_Held(problem, self.anchor), Anchored(a, b)) if self.anchor else (problem, a)
 
-    def _solve(self, problem: Any, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+    def _solve(self, problem: Any, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
         problem, a = self._held(problem, a, b)
-        return self.solver.solve(problem, a, b, trace=trace)
+        return self.solver.solve(problem, a, b, dual=dual, trace=trace)
 
     def _iterates(self, problem: Any, a: Context, b: Tensor) -> Iterator[Tensor]:
         """As :meth:`Solver.iterates`: one iterate, the end."""
