@@ -14,7 +14,7 @@ FLOORS = [
     ["contract", "disk"],
     ["checkpoint"],
     ["solvers", "networks", "contexts", "posteriors", "launched"],
-    ["losses", "lean", "finite"],
+    ["losses", "lean", "finite", "certificates"],
     ["module"],
     ["evaluation"],
     ["testing", "report", "loggers"],
