@@ -26,17 +26,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
 from amortized.checkpoint import MismatchError, mismatch
-from amortized.contexts.data_module import ContextDataModule
+from amortized.contexts.data_module import ContextDataModule, evaluation_names
 from amortized.contract import (
     Context,
     ProblemError,
     check_objective,
     check_support,
+    constrained,
     draws,
     evaluate,
+    feasibility_tol,
     rows_where,
     stream_seed,
     take,
+    violation,
 )
 from amortized.contract.faults import describe, known_cause
 from amortized.finite import FiniteUpdates
@@ -102,8 +105,9 @@ class AmortizedModule(LeanModule, abc.ABC):
         self.scheduler = scheduler
         self.compiled = compile
         self.finite_updates = FiniteUpdates(not_finite)
-        self._objective_mean, self._shifted_mean = (MeanMetric(nan_strategy="disable") for _ in range(2))
-        self._bad_rows = MeanMetric()
+        self._objective_means: list[MeanMetric] = []
+        self._bad_rows, self._feasible = MeanMetric(), MeanMetric()
+        self._violation = MeanMetric(nan_strategy="ignore")
         self._checked = False
 
     # ---- the problem
@@ -228,23 +232,32 @@ class AmortizedModule(LeanModule, abc.ABC):
         optimizer.step()
 
     def validation_step(self, a: Context, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The prediction, for callbacks to measure; its mean objective is logged, that of shifted contexts (1) apart.
+        """The prediction, for callbacks to measure; its mean objective is logged, that of each set of ``evaluations`` apart.
 
         A row that is not finite counts: the mean is then not finite either, so that no checkpoint, early stop or sweep takes a
         model that fails on hard rows for a good one. ``val/not_finite`` is the fraction of such rows, where there are any.
+        Of a problem with constraints ``val/feasible`` is the fraction of feasible predictions and ``val/violation`` the mean of
+        their violation.
         """
         check_support(self, a)
         b = self(a)
         value = evaluate(self, b, a)
-        (self._shifted_mean if dataloader_idx else self._objective_mean).update(value)
+        self._objective_means[dataloader_idx].update(value)
         if not dataloader_idx:
             self._bad_rows.update(~value.isfinite())
+        if not dataloader_idx and constrained(self):
+            with torch.no_grad():
+                off = violation(self, b, a)
+            self._feasible.update(off <= feasibility_tol(self))
+            self._violation.update(off)
         return b
 
     test_step = validation_step
 
     def predict_step(self, a: Context, batch_idx: int) -> dict[str, Any]:
         """The predictions and their objectives, which rows of them are ``finite``, and the decoded solutions of those.
+
+        Of a problem with constraints their ``violation`` too.
 
         A context with a NaN is not shown to the model: its prediction is NaN, those of the other rows are as without it.
         """
@@ -256,7 +269,11 @@ class AmortizedModule(LeanModule, abc.ABC):
         b, objective = _filled(b, given), _filled(objective, given)
         finite = rows_where(torch.isfinite, b) & objective.isfinite()
         decoded = self.decode(take(b, finite), take(a, finite))
-        return {"b": b, "objective": objective, "finite": finite, "decoded": decoded}
+        found = {"b": b, "objective": objective, "finite": finite, "decoded": decoded}
+        if constrained(self):
+            with torch.no_grad():
+                found["violation"] = _filled(violation(self, take(b, given), known), given)
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Nothing is saved before what has not been looked at yet is known to be finite; what was skipped goes with it."""
@@ -288,6 +305,12 @@ class AmortizedModule(LeanModule, abc.ABC):
             fault = mismatch(self.state_dict(), dict(state_dict)) or str(error).splitlines()[-1].strip()
             raise MismatchError(f"the checkpoint is of another network: {fault}") from error
 
+    def on_validation_epoch_start(self) -> None:
+        names = evaluation_names(self.trainer)
+        self._objective_means = [MeanMetric(nan_strategy="disable").to(self.device) for _ in names]
+
+    on_test_epoch_start = on_validation_epoch_start
+
     def on_validation_start(self) -> None:
         self._synchronise_buffers(False)
 
@@ -310,16 +333,18 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     def _log_objective(self, split: str) -> None:
         if not self.trainer.sanity_checking:
-            self.log(f"{split}/objective", self._objective_mean.compute(), prog_bar=True)
+            for name, mean in zip(evaluation_names(self.trainer), self._objective_means, strict=True):
+                self.log(f"{split}/{name}/objective".replace("//", "/"), mean.compute(), prog_bar=not name)
+            if constrained(self):
+                self.log(f"{split}/feasible", self._feasible.compute())
+                self.log(f"{split}/violation", self._violation.compute())
             bad = self._bad_rows.compute()  # of all processes
             if bad > 0:
                 self.log(f"{split}/not_finite", bad)
                 rank_zero_warn(
                     f"{split}/objective is not finite: it is NaN or infinite in {float(bad):.2%} of the rows"
                 )
-            if self._shifted_mean.update_called:  # on every process, if on one
-                self.log(f"{split}/shifted/objective", self._shifted_mean.compute())
-        for metric in (self._objective_mean, self._shifted_mean, self._bad_rows):
+        for metric in (*self._objective_means, self._bad_rows, self._feasible, self._violation):
             metric.reset()
 
     def check(self, a: Context, updates: int = 1) -> None:
