@@ -16,6 +16,8 @@ few unknowns, twice differentiable            :class:`Newton`
 ``update``: a fixed point                     :class:`Anderson`
 ============================================  =====================================================================
 
+To make a prediction feasible inside ``forward``: :class:`Gauge`, exact for linear constraints.
+
 To refine a prediction inside ``forward``: :class:`LearnedUpdate`, :class:`GradientDescent`, :class:`Adam`,
 :class:`FISTA`, :class:`Anderson`, or the quasi-Newton solvers. For a single problem (B = 1) use
 :class:`amortized.solvers.external.SciPy`: a round costs mostly the dispatch of its operations, which only many rows pay
@@ -26,6 +28,7 @@ as fast; it does not say which rows converged.
 from amortized.solvers.base import Solution, Solver, Status
 from amortized.solvers.cma_es import CMAES
 from amortized.solvers.engine.gradient import GradientSolver
+from amortized.solvers.feasible.gauge import Gauge
 from amortized.solvers.multistart import Exploration, MultiStart
 from amortized.solvers.smooth.adam import Adam
 from amortized.solvers.smooth.bfgs import BFGS
@@ -51,6 +54,7 @@ __all__ = [
     "Anderson",
     "AugmentedLagrangian",
     "Exploration",
+    "Gauge",
     "GaussNewton",
     "GradientDescent",
     "GradientSolver",

@@ -5,8 +5,8 @@ r"""The two families of DC3: a hundred unknowns, fifty equalities that vary, fif
 
     subject to ``E b = a``, ``G b ≤ h``,
 
-where a context ``a`` is uniform on [-1, 1]^50 and ``h_i = ‖(G E⁺)_i‖₁``, so that the shortest solution of the equalities, ``E⁺ a``,
-is feasible whatever a. Data, matrices and splits are those of the source's own script: numpy's generator with seed 17.
+where a context ``a`` is uniform on [-1, 1]^50 and ``h_i = ‖(G E⁺)_i‖₁``, so that the shortest solution of the equalities,
+``E⁺ a``, is feasible whatever a. Data, matrices and splits are those of the source's own script: numpy's generator with seed 17.
 
 Source: Donti, Rolnick & Kolter (2021), *DC3: a learning method for optimization with hard constraints*, sections 4.1 and 4.2.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from amortized.contexts.data_module import ContextDataModule
-from amortized.contract import Polyhedron, QuadraticProgram, ProblemError
+from amortized.contract import Polyhedron, ProblemError, QuadraticProgram
 from amortized.module import AmortizedModule
 from amortized.problems.constrained.pictures import draw_constrained
 

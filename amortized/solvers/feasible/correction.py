@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amortized.contract import Context, evaluate
+from amortized.contract import Context, evaluate, polyhedron
 from amortized.solvers.base import Solution, Solver, Status, Trace, tolerance
+from amortized.solvers.engine.rows import times
 
 
 class Correction(Solver):
@@ -45,3 +46,14 @@ class Correction(Solver):
         ended = torch.where(residual <= tolerance(self.tol, b.dtype), int(Status.CONVERGED), int(Status.LIMIT))
         once = torch.ones_like(ended)
         return Solution(b, value, residual, once, once.clone(), ended)
+
+
+def violation(problem: Any, b: Tensor, a: Context) -> Tensor:
+    """The largest entry by which a row is outside its constraints ``(B,)``."""
+    if hasattr(problem, "equality") or hasattr(problem, "inequality"):
+        parts = [problem.equality(b, a).abs()] if hasattr(problem, "equality") else []
+        parts += [problem.inequality(b, a)] if hasattr(problem, "inequality") else []
+        return torch.cat([b.new_zeros(len(b), 1), *parts], 1).amax(1)
+    A, lower, upper = polyhedron(problem, a)
+    ab = times(A, b.flatten(1))
+    return torch.maximum(ab - upper, lower - ab).clamp(min=0).amax(1)

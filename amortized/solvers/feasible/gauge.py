@@ -20,10 +20,11 @@ class Gauge(LinearCorrection):
     times too far d reaches. A feasible ``b`` stays where it is; the boundary is reached in every direction.
 
     The interior point of a context is ``problem.interior(a)`` ``(B, *)`` where the problem has it, else ``E⁺ e``, the shortest
-    point that meets the equalities. A row whose point is not strictly inside only has its equalities met, and its violation says so.
+    point that meets the equalities. Of a row whose point is not strictly inside only the equalities are met, and its violation
+    says so.
 
-    Source: Tabas & Zhang (2022), *Computationally efficient safe reinforcement learning for power systems*, for the gauge map; Li,
-    Kolouri & Mohammadi (2023), *Learning to solve optimization problems with hard linear constraints* (LOOP-LC).
+    Source: Tabas & Zhang (2022), *Computationally efficient safe reinforcement learning for power systems*, for the gauge map;
+    Li, Kolouri & Mohammadi (2023), *Learning to solve optimization problems with hard linear constraints* (LOOP-LC).
 
     Raises:
         ProblemError: if no row of a first batch has such a point inside.

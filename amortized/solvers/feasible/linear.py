@@ -58,7 +58,7 @@ class LinearCorrection(Correction):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies factor anew: their problem has tensors of its own."""
-        return {**super().__getstate__(), "_known": None}  # type: ignore[misc]
+        return {**super().__getstate__(), "_known": None}
 
 
 def factored(A: Tensor, equal: Tensor) -> Factor:
