@@ -16,7 +16,9 @@ few unknowns, twice differentiable            :class:`Newton`
 ``update``: a fixed point                     :class:`Anderson`
 ============================================  =====================================================================
 
-To make a prediction feasible inside ``forward``: :class:`Gauge`, exact for linear constraints.
+To make a prediction feasible inside ``forward``: :class:`Gauge`, exact for linear constraints and cheap; :class:`Projection`;
+:class:`LinearCompletion`; :class:`Seek` for any constraints; :class:`Simplex`, :class:`Box`, :class:`Ball`,
+:class:`SecondOrderCone`, :class:`Semidefinite`; and a :class:`Sequence` of such.
 
 To refine a prediction inside ``forward``: :class:`LearnedUpdate`, :class:`GradientDescent`, :class:`Adam`,
 :class:`FISTA`, :class:`Anderson`, or the quasi-Newton solvers. For a single problem (B = 1) use
@@ -29,7 +31,12 @@ from amortized.solvers.base import Solution, Solver, Status
 from amortized.solvers.cma_es import CMAES
 from amortized.solvers.engine.gradient import GradientSolver
 from amortized.solvers.feasible.gauge import Gauge
+from amortized.solvers.feasible.linear_completion import LinearCompletion
+from amortized.solvers.feasible.projection import Projection
+from amortized.solvers.feasible.seek import Seek
+from amortized.solvers.feasible.sets import Ball, Box, SecondOrderCone, Semidefinite, Simplex
 from amortized.solvers.multistart import Exploration, MultiStart
+from amortized.solvers.sequence import Sequence
 from amortized.solvers.smooth.adam import Adam
 from amortized.solvers.smooth.bfgs import BFGS
 from amortized.solvers.smooth.gauss_newton import GaussNewton
@@ -45,6 +52,15 @@ from amortized.solvers.structured.projected_gradient import ProjectedGradient
 from amortized.solvers.tune import tune
 
 __all__ = [
+    "Sequence",
+    "Simplex",
+    "Semidefinite",
+    "SecondOrderCone",
+    "Box",
+    "Ball",
+    "Seek",
+    "Projection",
+    "LinearCompletion",
     "ADMM",
     "BFGS",
     "CMAES",

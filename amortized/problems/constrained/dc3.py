@@ -24,6 +24,7 @@ from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import Polyhedron, ProblemError, QuadraticProgram
 from amortized.module import AmortizedModule
 from amortized.problems.constrained.pictures import draw_constrained
+from amortized.solvers import Projection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,6 +113,10 @@ class NonconvexDC3(DC3):
     def inequality(self, b: Tensor, a: Tensor) -> Tensor:
         """``G b − h``, ``(B, 50)``."""
         return b @ self.A[EQUALITIES:].T - self.h
+
+    def project(self, b: Tensor, a: Tensor) -> Tensor:
+        """The nearest feasible point."""
+        return Projection(tol=1e-8).correct(self, a, b)
 
 
 class DC3Contexts(ContextDataModule):

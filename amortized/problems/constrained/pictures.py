@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amortized.contract import Context, polyhedron
+from amortized.contract import Context, feasibility_tol, polyhedron, violation
 from amortized.solvers.engine.rows import times
-from amortized.solvers.feasible.correction import violation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +29,7 @@ def draw_constrained(problem: Any, a: Context, solutions: dict[str, Tensor]) -> 
         off = violation(problem, b, a).clamp(min=LEAST)
         cost.plot(off.cpu(), problem.objective(b, a).cpu(), marker, fillstyle="none", label=name)
         rows.append(slack(problem, b, a))
-    tol = getattr(problem, "feasibility_tol", 1e-4)
-    cost.axvline(tol, color="0.7", linewidth=1)
+    cost.axvline(feasibility_tol(problem), color="0.7", linewidth=1)
     cost.set(xscale="log", xlabel="violation", ylabel=problem.objective_name, xlim=(LEAST / 2, None))
     cost.legend(frameon=False)
     picture = torch.stack(rows, 1).flatten(0, 1).clamp(min=1e-5)
