@@ -9,22 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amortized.contract import Context, evaluate, violation
-from amortized.solvers.base import Solution, Solver, Status, Trace, tolerance
+from amortized.contract import Context, evaluate, feasibility_tol, violation
+from amortized.solvers.base import Solution, Solver, Status, Trace
 
 
 class Correction(Solver):
     """``b ← C(b; a)``, where C moves points to the feasible set, or towards it: a subclass writes :meth:`correct`.
 
     As ``refine`` it makes a model's predictions feasible, and training goes through it. As a solver it takes one step and says
-    what is left: ``residual`` is the largest violation of a row's constraints, in their own units.
-
-    Args:
-        tol: violation at which a row has converged; None chooses by dtype.
+    what is left: ``residual`` is the violation, and a row that the problem's ``feasibility_tol`` calls feasible has converged.
     """
 
-    def __init__(self, tol: float | None = None) -> None:
-        super().__init__(steps=1, tol=tol)
+    def __init__(self) -> None:
+        super().__init__(steps=1)
 
     @abc.abstractmethod
     def correct(self, problem: Any, a: Context, b: Tensor) -> Tensor:
@@ -38,6 +35,6 @@ class Correction(Solver):
         value, residual = evaluate(problem, b, a), violation(problem, b, a)
         if trace is not None:
             trace(1, b, value)
-        ended = torch.where(residual <= tolerance(self.tol, b.dtype), int(Status.CONVERGED), int(Status.LIMIT))
+        ended = torch.where(residual <= feasibility_tol(problem), int(Status.CONVERGED), int(Status.LIMIT))
         once = torch.ones_like(ended)
         return Solution(b, value, residual, once, once.clone(), ended)

@@ -33,8 +33,8 @@ class LinearCorrection(Correction):
     float64 whatever the dtype of predictions, which loses no more than the rounding of the result.
     """
 
-    def __init__(self, tol: float | None = None) -> None:
-        super().__init__(tol)
+    def __init__(self) -> None:
+        super().__init__()
         self._known: tuple[Tensor, int, Factor] | None = None
 
     def require(self, problem: Any) -> None:

@@ -24,14 +24,13 @@ class LinearCompletion(LinearCorrection):
     Args:
         dependent: which unknowns are solved for, as many as there are equalities; None chooses them so that ``E_D`` is well
             conditioned, by Gaussian elimination with complete pivoting.
-        tol: violation at which a row counts as converged; None chooses by dtype.
 
     Raises:
         ValueError: if the number of dependent unknowns is not that of the equalities, or their columns are dependent.
     """
 
-    def __init__(self, dependent: Sequence[int] | None = None, tol: float | None = None) -> None:
-        super().__init__(tol)
+    def __init__(self, dependent: Sequence[int] | None = None) -> None:
+        super().__init__()
         self.dependent = None if dependent is None else tuple(dependent)
         self._completed: tuple[Factor, Completed] | None = None
 

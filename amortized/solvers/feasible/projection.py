@@ -30,11 +30,11 @@ class Projection(LinearCorrection):
     Args:
         steps: iterations of ADMM at most.
         rho: its penalty at the start.
-        tol: residual at which a row is projected, and violation at which it counts as converged; None chooses by dtype.
+        tol: residual at which ADMM ends a row; None chooses by dtype.
     """
 
     def __init__(self, steps: int = 2000, rho: float = 1.0, tol: float | None = None) -> None:
-        super().__init__(tol)
+        super().__init__()
         self.solver = ADMM(steps, rho, tol=tol)
 
     def correct(self, problem: Any, a: Context, b: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amortized.contract import Context, polyhedron
+from amortized.contract import Context, feasibility_tol, polyhedron
 from amortized.solvers.engine.rows import times
 from amortized.solvers.feasible.correction import Correction
 from amortized.solvers.smooth.newton import jacobian
@@ -16,28 +16,28 @@ from amortized.solvers.smooth.newton import jacobian
 class Seek(Correction):
     r"""``b ← b − Jᵀ (J Jᵀ + μ 1)⁻¹ r``, for ``r = (c, max(d, 0))`` and its Jacobian J: a few steps towards feasibility.
 
-    c are the problem's ``equality`` and d its ``inequality``, or the bounds of its ``polyhedron`` or ``program``. Steps are the
-    shortest that meet the constraints to first order: linear equalities are met in one, smooth ones at a quadratic rate where the
-    start is near. Inequalities that a step newly breaks are seen by the next. Nothing is guaranteed after a fixed number of
-    steps: the violation says what is left. Differentiated through its steps with J held fixed, which at a point that meets the
-    constraints is exact.
+    c are the problem's ``equality`` and d its ``inequality``, or the bounds of its ``polyhedron`` or ``program``. The damping
+    ``μ = damping · ‖J‖² ‖r‖² / ‖r_0‖²`` keeps the first steps from running off where constraints bend and goes away with the
+    violation, which then falls at a quadratic rate. Constraints broken by less than a thousandth of the problem's
+    ``feasibility_tol`` count as met; those that a step newly breaks are seen by the next. Nothing is guaranteed after a fixed
+    number of steps: the violation says what is left. Differentiated through its steps with J held fixed: exact for linear
+    constraints, and without second derivatives.
 
     Source: Nocedal & Wright (2006), section 10.3, for the method; as a layer, Liang et al. (2025), *FSNet: feasibility-seeking
     neural network for constrained optimization with guarantees*, which takes L-BFGS for it.
 
     Args:
         steps: of Gauss-Newton.
-        damping: μ, relative to the largest squared length of a constraint's gradient.
-        tol: violation at which a row counts as converged; None chooses by dtype.
+        damping: of the first step, relative to the largest squared length of a constraint's gradient; 0 for none.
 
     Raises:
         TypeError: if the problem has no constraints of these kinds.
     """
 
-    def __init__(self, steps: int = 5, damping: float = 1e-8, tol: float | None = None) -> None:
-        super().__init__(tol)
-        if steps < 1 or damping <= 0:
-            raise ValueError(f"Seek: steps and damping must be positive, got {steps} and {damping}")
+    def __init__(self, steps: int = 5, damping: float = 0.1) -> None:
+        super().__init__()
+        if steps < 1 or damping < 0:
+            raise ValueError(f"Seek: steps must be positive and damping not negative, got {steps} and {damping}")
         self.rounds, self.damping = steps, damping
 
     def require(self, problem: Any) -> None:
@@ -50,12 +50,17 @@ class Seek(Correction):
 
     def correct(self, problem: Any, a: Context, b: Tensor) -> Tensor:
         graph = torch.is_grad_enabled() and b.requires_grad
-        x = b.flatten(1)
+        x, met, first = b.flatten(1), 1e-3 * feasibility_tol(problem), None
         for _ in range(self.rounds):
             r, j = self._linear(problem, a, x) if self._is_linear(problem) else self._smooth(problem, a, x, b, graph)
-            gram = j @ j.mT
-            size = gram.diagonal(dim1=1, dim2=2).amax(1) + torch.finfo(x.dtype).tiny
-            gram = gram + (self.damping * size)[:, None, None] * torch.eye(r.shape[1], dtype=x.dtype, device=x.device)
+            broken = (r.abs() > met).to(x.dtype)
+            r, j = r * broken, j * broken.unsqueeze(2)
+            left = r.square().sum(1)
+            first = left if first is None else first
+            gram, tiny = j @ j.mT, torch.finfo(x.dtype).tiny
+            size = gram.diagonal(dim1=1, dim2=2).amax(1)
+            damping = self.damping * (left / (first + tiny)).clamp(max=1) + 1e-12
+            gram = gram + torch.diag_embed((damping * size + tiny).unsqueeze(1).expand_as(r))
             step, info = torch.linalg.solve_ex(gram, r.unsqueeze(2))
             step = torch.where((info == 0)[:, None, None], step, 0)
             x = x - (j.mT @ step).squeeze(2)
@@ -67,11 +72,11 @@ class Seek(Correction):
 
     @staticmethod
     def _linear(problem: Any, a: Context, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``r`` and J of bounds on ``A x``; the signs of both cancel where a lower bound is broken."""
+        """``r``, negative where a lower bound is broken, and A."""
         A, lower, upper = polyhedron(problem, a)
         ax = times(A, x)
         r = (ax - upper).clamp(min=0) - (lower - ax).clamp(min=0)
-        return r, (r != 0).to(x.dtype).unsqueeze(2) * A
+        return r, A.expand(len(x), *A.shape[-2:])
 
     @staticmethod
     def _smooth(problem: Any, a: Context, x: Tensor, b: Tensor, graph: bool) -> tuple[Tensor, Tensor]:

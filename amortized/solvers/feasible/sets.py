@@ -38,11 +38,10 @@ class Box(Onto):
     Args:
         lower: the least of every entry.
         upper: the largest.
-        tol: violation at which a row counts as converged; None chooses by dtype.
     """
 
-    def __init__(self, lower: float = 0.0, upper: float = 1.0, tol: float | None = None) -> None:
-        super().__init__(tol)
+    def __init__(self, lower: float = 0.0, upper: float = 1.0) -> None:
+        super().__init__()
         if lower > upper:
             raise ValueError(f"Box: lower must not be above upper, got {lower} and {upper}")
         self.lower, self.upper = lower, upper
@@ -56,11 +55,10 @@ class Ball(Onto):
 
     Args:
         radius: of the ball.
-        tol: violation at which a row counts as converged; None chooses by dtype.
     """
 
-    def __init__(self, radius: float = 1.0, tol: float | None = None) -> None:
-        super().__init__(tol)
+    def __init__(self, radius: float = 1.0) -> None:
+        super().__init__()
         if radius <= 0:
             raise ValueError(f"Ball: radius must be positive, got {radius}")
         self.radius = radius
