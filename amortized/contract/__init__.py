@@ -25,7 +25,7 @@ from amortized.contract.problem import (
     polyhedron,
     value_and_grad,
 )
-from amortized.contract.rows import Context, concatenate, leaves, map_leaves, num_rows, rows_where, take
+from amortized.contract.rows import Context, concatenate, leaves, map_leaves, num_rows, row_hashes, rows_where, take
 from amortized.contract.streams import check_seed, stream_seed
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "map_leaves",
     "num_rows",
     "polyhedron",
+    "row_hashes",
     "rows_where",
     "start_draws",
     "stream_seed",

@@ -16,6 +16,8 @@ few unknowns, twice differentiable            :class:`Newton`
 ``update``: a fixed point                     :class:`Anderson`
 ============================================  =====================================================================
 
+:func:`solver_for` chooses by what the problem has.
+
 To make a prediction feasible inside ``forward``: :class:`Gauge`, exact for linear constraints and cheap; :class:`Projection`;
 :class:`LinearCompletion`; :class:`Seek` for any constraints; :class:`Simplex`, :class:`Box`, :class:`Ball`,
 :class:`SecondOrderCone`, :class:`Semidefinite`; and a :class:`Sequence` of such.
@@ -44,6 +46,7 @@ from amortized.solvers.smooth.gradient_descent import GradientDescent
 from amortized.solvers.smooth.lbfgs import LBFGS
 from amortized.solvers.smooth.learned_update import LearnedUpdate
 from amortized.solvers.smooth.newton import Newton
+from amortized.solvers.structure import solver_for
 from amortized.solvers.structured.admm import ADMM
 from amortized.solvers.structured.augmented_lagrangian import AugmentedLagrangian
 from amortized.solvers.structured.fista import FISTA
@@ -81,5 +84,6 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "solver_for",
     "tune",
 ]
