@@ -18,6 +18,10 @@ few unknowns, twice differentiable            :class:`Newton`
 
 :func:`solver_for` chooses by what the problem has.
 
+To make a prediction feasible inside ``forward``: :class:`Gauge`, exact for linear constraints and cheap; :class:`Projection`;
+:class:`LinearCompletion`; :class:`Seek` for any constraints; :class:`Simplex`, :class:`Box`, :class:`Ball`,
+:class:`SecondOrderCone`, :class:`Semidefinite`; and a :class:`Sequence` of such.
+
 To refine a prediction inside ``forward``: :class:`LearnedUpdate`, :class:`GradientDescent`, :class:`Adam`,
 :class:`FISTA`, :class:`Anderson`, or the quasi-Newton solvers; or any solver at all inside :class:`Implicit`, which
 differentiates where it ends instead of the way there. For a single problem (B = 1) use
@@ -29,8 +33,14 @@ as fast; it does not say which rows converged.
 from amortized.solvers.base import Solution, Solver, Status
 from amortized.solvers.cma_es import CMAES
 from amortized.solvers.engine.gradient import GradientSolver
+from amortized.solvers.feasible.gauge import Gauge
+from amortized.solvers.feasible.linear_completion import LinearCompletion
+from amortized.solvers.feasible.projection import Projection
+from amortized.solvers.feasible.seek import Seek
+from amortized.solvers.feasible.sets import Ball, Box, SecondOrderCone, Semidefinite, Simplex
 from amortized.solvers.implicit import Implicit
 from amortized.solvers.multistart import Exploration, MultiStart
+from amortized.solvers.sequence import Sequence
 from amortized.solvers.smooth.adam import Adam
 from amortized.solvers.smooth.bfgs import BFGS
 from amortized.solvers.smooth.gauss_newton import GaussNewton
@@ -47,6 +57,15 @@ from amortized.solvers.structured.projected_gradient import ProjectedGradient
 from amortized.solvers.tune import tune
 
 __all__ = [
+    "Sequence",
+    "Simplex",
+    "Semidefinite",
+    "SecondOrderCone",
+    "Box",
+    "Ball",
+    "Seek",
+    "Projection",
+    "LinearCompletion",
     "ADMM",
     "BFGS",
     "CMAES",
@@ -56,6 +75,7 @@ __all__ = [
     "Anderson",
     "AugmentedLagrangian",
     "Exploration",
+    "Gauge",
     "GaussNewton",
     "GradientDescent",
     "GradientSolver",
