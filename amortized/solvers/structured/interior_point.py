@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amortized.contract import Context, map_leaves
-from amortized.solvers.base import Solution, Solver, Status, Trace, ordinary, tolerance
+from amortized.contract import Context, feasibility_tol, map_leaves
+from amortized.solvers.base import Solution, Trace
 from amortized.solvers.engine.rows import Rows, RowSolver
 from amortized.solvers.smooth.newton import jacobian
 from amortized.solvers.structured.newton_system import NewtonSystem, newton_system
@@ -51,6 +51,8 @@ class InteriorPointState(NamedTuple):
     """The last shift of the Hessian ``(L,)``."""
     ceiling: Tensor
     """The infeasibility that no step may exceed ``(L,)``."""
+    floor: Tensor
+    """What μ is to be at least, as long as the row is far from meeting its conditions ``(L,)``."""
     stuck: Tensor
     """Rounds in a row without a step ``(L,)``."""
     iterations: Tensor
@@ -72,8 +74,8 @@ class InteriorPoint(RowSolver):
     differentiable. It is solved in float64 where it can be evaluated so.
 
     ``residual`` is the largest entry of: the violation; ``∇L + Jᵀy + Dᵀz`` and ``s ∘ z``, relative to the largest entry of ∇L at
-    the start and, where it is above 1, the mean multiplier. It decides which iterate is best, as objectives of infeasible points
-    mean nothing. Where the problem is not convex the point is a local minimum. A row without a feasible point ends as
+    the start and, where it is above 1, the mean multiplier. Of the iterates a feasible one is best, then one of small residual;
+    of infeasible ones that of the smallest violation. ``dual`` is y, then z, ``(B, p + m)``. Where the problem is not convex the point is a local minimum. A row without a feasible point ends as
     ``LIMIT`` once no step is possible.
 
     Source: Wächter & Biegler (2006), IPOPT, for the shifts and the units; Benson, Vanderbei & Shanno (2002) for the test of a
@@ -101,25 +103,21 @@ class InteriorPoint(RowSolver):
                 "(see amortized.contract); without constraints use LBFGS."
             )
 
-    def solve_with_duals(self, problem: Any, a: Context, b: Tensor, dual: Tensor | None = None) -> tuple[Solution, Tensor]:
-        """The solution and its multipliers ``(B, p + m)``, y then z, from a start ``b`` and, if there is one, a dual start."""
-        with self._prepared(problem, a, b) as (problem, a, b):
-            return self._solve_both(problem, a, b, dual, None)
-
-    def _solve(self, problem: Any, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+    def _solve(self, problem: Any, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
         """As :meth:`Solver.solve`, with what is best decided by ``residual``."""
-        return self._solve_both(problem, a, b, None, trace)[0]
+        exact, n = _Exact(problem, a, b), b[0].numel()
+        a64 = map_leaves(_double, a) if exact.dtype == torch.float64 else a
 
-    def _solve_both(
-        self, problem: Any, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None
-    ) -> tuple[Solution, Tensor]:
-        exact, a64 = _Exact(problem, a, b), map_leaves(_double, a)
-        start = torch.cat([b.flatten(1).to(exact.dtype), exact.multipliers(a64, b, dual)], 1)
-        found = super()._solve(exact, a64 if exact.dtype == torch.float64 else a, start, trace)
-        n = b[0].numel()
+        def primal(evaluations: int, every: Tensor, value: Tensor) -> None:
+            if trace is not None:
+                trace(evaluations, every[:, :n].reshape(b.shape).to(b.dtype), value)
+
+        start, watch = torch.cat([b.flatten(1).to(exact.dtype), exact.multipliers(b, dual)], 1), trace and primal
+        found = super()._solve(exact, a64, start, None, watch)
         x = found.b[:, :n].reshape(b.shape).to(b.dtype)
-        value, residual = problem.objective(x, a), found.residual.to(b.dtype)
-        return found._replace(b=x, value=value, residual=residual), found.b[:, n:].to(b.dtype)
+        return found._replace(
+            b=x, value=problem.objective(x, a), residual=found.residual.to(b.dtype), dual=found.b[:, n:].to(b.dtype)
+        )
 
     def begin(self, problem: _Exact, a: Context, b: Tensor) -> Rows:
         """Rows at a start ``b`` ``(L, n + p + m)`` of x, y and z; where z is zero it is chosen here."""
@@ -134,29 +132,31 @@ class InteriorPoint(RowSolver):
         if problem.p:
             grad, J, D, _ = problem.derivatives(at, a, unit)
             at = at._replace(y=_fitted(at.y, grad + _into(D, at.z), J))
-        residual, _ = self._residuals(problem, a, at, here, unit, torch.zeros_like(unit))
+        residual, _ = self._residuals(problem, a, at, here, unit, _barrier(at))
+        merit = problem.merit(residual, here)
         none = torch.zeros_like(unit, dtype=torch.int32)
         infeasibility = _infeasibility(here, s)
         ceiling = 1e4 * infeasibility.clamp(min=1)
-        state = InteriorPointState(at, here, unit, torch.zeros_like(unit), ceiling, none, none)
-        return self.enter(_joined(at, unit), value, residual, state, merit=residual)
+        state = InteriorPointState(at, here, unit, torch.zeros_like(unit), ceiling, _floor(here, s), none, none)
+        return self.enter(_joined(at, unit), value, residual, state, merit=merit)
 
     def advance(self, problem: _Exact, a: Context, rows: Rows, shape: torch.Size) -> Rows:
         """One Newton step of every row, as far as it lowers something."""
         state: InteriorPointState = rows.state
         at, here, unit = state.at, state.here, state.unit
         grad, J, D, W = problem.derivatives(at, a, unit)
-        mu = _barrier(at)
+        mu = torch.maximum(_barrier(at), state.floor)
         step, delta, slope = self._direction(at, here, grad, J, D, W, mu, state)
         far = _room(at.s, step.s)
         at, here, moved = self._search(problem, a, state, step, slope, mu, far)
 
         residual, _ = self._residuals(problem, a, at, here, unit, mu)
+        merit = problem.merit(residual, here)
         stuck = torch.where(moved, 0, state.stuck + 1)
-        state = InteriorPointState(at, here, unit, delta, state.ceiling, stuck, state.iterations + 1)
+        state = InteriorPointState(at, here, unit, delta, state.ceiling, _floor(here, at.s), stuck, state.iterations + 1)
         return self.settle(
             rows, _joined(at, unit), here.f * unit, residual, state, state.iterations,
-            merit=residual, stalled=stuck >= STUCK, recovers=True,
+            merit=merit, stalled=stuck >= STUCK, recovers=True,
         )  # fmt: skip
 
     def _direction(
@@ -226,8 +226,7 @@ class InteriorPoint(RowSolver):
         every = torch.cat([at.y, at.z], 1)
         weight = every.abs().mean(1).clamp(min=1) if every.shape[1] else torch.ones_like(unit)
         products = at.s * at.z
-        violation = torch.maximum(_largest(here.c), _largest(here.d.clamp(min=0)))
-        residual = torch.stack([lagrangian / weight, violation, _largest(products) / weight]).amax(0)
+        residual = torch.stack([lagrangian / weight, _violation(here), _largest(products) / weight]).amax(0)
         off = torch.maximum(_largest(here.c), _largest(here.d + at.s))
         error = torch.stack([lagrangian, off, _largest(products - mu.unsqueeze(1))]).amax(0)
         return residual, error
@@ -238,6 +237,7 @@ class _Exact:
 
     def __init__(self, problem: Any, a: Context, b: Tensor) -> None:
         self.problem, self.shape, self.n, self.dtype = problem, b.shape[1:], b[0].numel(), torch.float64
+        self.allowed = feasibility_tol(problem)
         try:
             c, d = self._constraints(b.double().flatten(1), map_leaves(_double, a))
         except RuntimeError:  # of parts that are float32
@@ -245,10 +245,13 @@ class _Exact:
             c, d = self._constraints(b.flatten(1), a)
         self.p, self.m = c.shape[1], d.shape[1]
 
-    def multipliers(self, a: Context, b: Tensor, dual: Tensor | None) -> Tensor:
+    def multipliers(self, b: Tensor, dual: Tensor | None) -> Tensor:
         """The dual start ``(L, p + m)``, zeros where there is none."""
-        none = b.new_zeros(len(b), self.p + self.m, dtype=self.dtype)
-        return none if dual is None else ordinary(dual).to(self.dtype)
+        if dual is not None and dual.shape[1] != self.p + self.m:
+            raise ValueError(
+                f"dual must hold {self.p} + {self.m} multipliers, of equalities and inequalities; got {dual.shape[1]}"
+            )
+        return b.new_zeros(len(b), self.p + self.m, dtype=self.dtype) if dual is None else dual.to(self.dtype)
 
     def _constraints(self, x: Tensor, a: Context) -> tuple[Tensor, Tensor]:
         b, none = x.reshape(-1, *self.shape), x.new_zeros(len(x), 0)
@@ -263,6 +266,11 @@ class _Exact:
     def values(self, x: Tensor, a: Context, unit: Tensor) -> Values:
         """The objective in its units, and the constraints."""
         return Values(self._objective(x, a) / unit, *self._constraints(x, a))
+
+    def merit(self, residual: Tensor, here: Values) -> Tensor:
+        """What decides which iterate is best: feasible ones by their residual, before others by their violation."""
+        off = _violation(here)
+        return torch.where(off <= self.allowed, residual / (1 + residual), 1 + off)
 
     def slope(self, x: Tensor, a: Context) -> tuple[Tensor, Tensor]:
         """The objective's gradient and value."""
@@ -323,11 +331,19 @@ def _fitted(y: Tensor, grad: Tensor, J: Tensor) -> Tensor:
     return torch.where(new.unsqueeze(1), fit, y)
 
 
+def _floor(here: Values, s: Tensor) -> Tensor:
+    return 0.01 * torch.maximum(_largest(here.c), _largest(here.d + s)).clamp(max=1)
+
+
 def _room(x: Tensor, step: Tensor) -> Tensor:
     """How far positive rows can go along a step and stay positive, at most 1 ``(L,)``."""
     if not x.shape[1]:
         return torch.ones(len(x), dtype=x.dtype, device=x.device)
     return (TO_BOUNDARY * x / (-step).clamp(min=1e-300)).amin(1).clamp(max=1)
+
+
+def _violation(here: Values) -> Tensor:
+    return torch.maximum(_largest(here.c), _largest(here.d.clamp(min=0)))
 
 
 def _infeasibility(here: Values, s: Tensor) -> Tensor:
