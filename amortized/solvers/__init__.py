@@ -38,6 +38,7 @@ from amortized.solvers.smooth.learned_update import LearnedUpdate
 from amortized.solvers.smooth.newton import Newton
 from amortized.solvers.structured.admm import ADMM
 from amortized.solvers.structured.augmented_lagrangian import AugmentedLagrangian
+from amortized.solvers.structured.completion import Completion
 from amortized.solvers.structured.fista import FISTA
 from amortized.solvers.structured.fixed_point import Anderson
 from amortized.solvers.structured.interior_point import InteriorPoint
@@ -53,6 +54,7 @@ __all__ = [
     "Adam",
     "Anderson",
     "AugmentedLagrangian",
+    "Completion",
     "Exploration",
     "GaussNewton",
     "GradientDescent",

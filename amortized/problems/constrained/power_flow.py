@@ -133,6 +133,11 @@ class PowerFlow(AmortizedModule):
         rest = torch.arange(G, 2 * G + N - 1, device=grid.at.device)
         return torch.cat([slack, rest, 2 * G + N - 1 + without.nonzero()[:, 0]])
 
+    def nominal(self) -> tuple[Tensor, Loads]:
+        """The case's own loads, and their optimum, as one row."""
+        grid = self.grid
+        return grid.optimum.unsqueeze(0), Loads(grid.load_p.unsqueeze(0), grid.load_q.unsqueeze(0))
+
     def initial(self, a: Loads) -> Tensor:
         """The middle of the limits of ``p``, ``q`` and ``v``, all angles 0."""
         return flat_start(self.grid, a.p).expand(len(a.p), -1).clone()
@@ -166,7 +171,8 @@ def flat_start(grid: Grid, like: Tensor) -> Tensor:
 class OperatingPoint(nn.Module):
     """An MLP from loads to ``p``, ``q`` and ``v`` within their limits (by a sigmoid), and angles.
 
-    It sees each load as its deviation from the case's own, in tenths of that; buses without load are left out.
+    It sees each load as its deviation from the case's own, in tenths of that, buses without load left out; and starts near
+    the optimum of the case's own loads.
 
     Args:
         case: ``case14``, ``case30``, ``case57`` or ``case118``.
@@ -180,24 +186,29 @@ class OperatingPoint(nn.Module):
         seen = torch.cat([grid.load_p, grid.load_q]).nonzero()[:, 0]
         self.register_buffer("seen", seen, persistent=False)
         self.mlp = MLP(len(seen), 2 * grid.generators + 2 * grid.buses - 1, hidden, activation)
+        with torch.no_grad():
+            self.mlp[-1].weight.mul_(0.1)
+            self.mlp[-1].bias.zero_()
 
     def forward(self, a: Loads) -> Tensor:
-        grid, G, N = self.grid, self.grid.generators, self.grid.buses
-        p, q = grid.of(a.p, "load_p", "load_q")
+        grid = self.grid
+        p, q, optimum = grid.of(a.p, "load_p", "load_q", "optimum")
         nominal = torch.cat([p, q])[self.seen]
         raw = self.mlp(10 * (torch.cat([a.p, a.q], 1)[:, self.seen] / nominal - 1))
-        fed, angle, v = raw.split([2 * G, N - 1, N], 1)
+        split = [2 * grid.generators, grid.buses - 1, grid.buses]
+        (fed, angle, v), (fed_there, angle_there, v_there) = raw.split(split, 1), optimum.split(split)
         upper, lower = limits(grid, raw)
-        within = lower + (upper - lower) * torch.cat([fed, v], 1).sigmoid()
-        return torch.cat([within[:, : 2 * G], angle / 10, within[:, 2 * G :]], 1)
+        there = ((torch.cat([fed_there, v_there]) - lower) / (upper - lower)).clamp(0.02, 0.98).logit()
+        within = lower + (upper - lower) * (torch.cat([fed, v], 1) + there).sigmoid()
+        return torch.cat([within[:, : split[0]], angle_there + angle / 10, within[:, split[0] :]], 1)
 
 
 class PowerFlowLoss(Loss):
     """The cost, a penalty on limits that are not kept, and a little for a start from which the power flow is soon found.
 
-    ``L(b) / L_0 + weight Σ max(0, d(b) + margin) + start mean (b_0 − b)²``, with the prediction ``b_0``, its refinement b, and
-    the case's own cost of a middle dispatch ``L_0``. The L1 penalty is exact: above a finite weight, which is the largest
-    multiplier (the price of a limit), nothing is gained by breaking one.
+    ``L(b) / L_0 + weight Σ max(0, d(b) + margin) + start ‖b_0 − b‖²``, with the prediction ``b_0``, its completion b and the
+    least cost of the case's own loads ``L_0``. The L1 penalty is exact: above a finite weight, the largest multiplier (the
+    price of a limit), nothing is gained by breaking one.
 
     Args:
         weight: of a limit broken by 1 per unit, in units of ``L_0``.
@@ -205,13 +216,16 @@ class PowerFlowLoss(Loss):
         start: of a start's distance to where the power flow ends.
     """
 
-    def __init__(self, weight: float = 10.0, margin: float = 1e-4, start: float = 0.1) -> None:
+    def __init__(self, weight: float = 10.0, margin: float = 1e-3, start: float = 1.0) -> None:
         self.weight, self.margin, self.start = weight, margin, start
 
     def __call__(self, model: Predictor, a: Loads) -> Tensor:
         problem: Any = model
-        first, *_, b = [*problem.iterates(a)[:1], *problem.iterates(a)]
-        return problem.objective(b, a)
+        first, *_, b = problem.iterates(a) if problem.refine is not None else 2 * problem.iterates(a)
+        unit = problem.objective(*problem.nominal()).to(b.dtype)
+        over = (problem.inequality(b, a) + self.margin).clamp(min=0).sum(1)
+        apart = (first - b.detach()).square().sum(1)
+        return problem.objective(b, a) / unit + self.weight * over + self.start * apart
 
 
 class PowerFlowContexts(ContextDataModule):

@@ -1,6 +1,7 @@
 """Networks of electric power: the IEEE cases of 14, 30, 57 and 118 buses, as matrices in per unit.
 
-The data in ``cases/`` are those of PYPOWER and MATPOWER, under the licence that lies beside them.
+The data in ``cases/`` are those of PYPOWER and MATPOWER, under the licence that lies beside them; the optimum of each case's
+own loads is what :class:`~amortized.solvers.InteriorPoint` finds, to 1e-8.
 Source: Zimmerman, Murillo-Sánchez & Thomas (2011), *MATPOWER*, section 3, for the model of a branch.
 """
 
@@ -57,6 +58,7 @@ class Grid(nn.Module):
             raise ValueError(f"{case}: generators that share a bus must be joined to one")
         self.slack = int((kind == 3).nonzero()[0])
         n, per_mva = len(bus), 1 / self.base
+        optimum = torch.tensor(data["optimum"], dtype=torch.float64)
 
         start, end = ([place[int(b)] for b in branch[:, k]] for k in (0, 1))
         r, x, charging, rating, ratio, shift = branch[:, 2:].T
@@ -82,7 +84,7 @@ class Grid(nn.Module):
             p_max=gen[:, 1] * per_mva, p_min=gen[:, 2] * per_mva, q_max=gen[:, 3] * per_mva, q_min=gen[:, 4] * per_mva,
             v_max=vmax, v_min=vmin,
             cost_2=cost[:, 0] * self.base**2, cost_1=cost[:, 1] * self.base, cost_0=cost[:, 2],
-            at=torch.tensor(at), limited=limited,
+            optimum=optimum, at=torch.tensor(at), limited=limited,
             limited_from=torch.tensor(start)[limited], limited_to=torch.tensor(end)[limited],
         )  # fmt: skip
         self.buses, self.generators = n, len(gen)
