@@ -13,6 +13,7 @@ from amortized.solvers.base import Solution, Solver, Status, Trace
 from amortized.solvers.engine.rows import times
 from amortized.solvers.implicit import root
 from amortized.solvers.smooth.newton import jacobian
+from amortized.solvers.structured.interior_point_program import ProgramInteriorPoint, Standard, solve_standard
 
 PROGRESS = 0.5
 """What an iteration by the shared factor must shrink an error by; else the row's own Jacobian takes over."""
@@ -20,6 +21,8 @@ ADJOINT = 30
 """Iterations by the shared factor for a gradient; rows that need more have theirs from their own Jacobian."""
 REACH = 0.2
 """How far one correction may move an unknown, in its units."""
+PRICE = 100.0
+"""Of a unit by which a correction leaves linearized inequalities violated, against half the square of its length."""
 
 
 class Completion(Solver):
@@ -27,16 +30,16 @@ class Completion(Solver):
 
     As ``refine`` it turns a prediction of x, and of a start for w, into one that satisfies the equations exactly; gradients
     reach x by the implicit function theorem, ``dw/dx = −(∂c/∂w)⁻¹ ∂c/∂x``, first derivatives only, at the memory of one
-    evaluation. Then, outside of training, ``corrections`` steps where inequalities are violated: each moves x by the
-    least-squares step to where the violated ones, linearized along the completion, are met, and completes again. Training
-    goes without, so that the network learns to need none.
+    evaluation. Then, outside of training, ``corrections`` steps in rows that violate inequalities: each moves x by the least
+    step to where all of them, linearized along the completion, are met, and completes again. Training goes without, so that
+    the network learns to need none.
 
     The problem has ``equality`` of as many equations as it names unknowns in ``dependent``: an index tensor ``(k,)`` into the
     flattened solution. Where it has ``nominal() -> (b, a)`` as well, one solved row, the Jacobian there is factored once for
     all rows: each iteration then costs one evaluation of the equations, and rows on which it shrinks the error too little go on
     with their own. For linear equations that is one factor and one step.
 
-    Source: Donti, Rolnick & Kolter (2021), *DC3*, sections 3.2 and 3.3, with Gauss-Newton in place of their gradient steps.
+    Source: Donti, Rolnick & Kolter (2021), *DC3*, sections 3.2 and 3.3, with the least step by a program in place of their gradient steps.
 
     Args:
         steps: iterations at most.
@@ -208,31 +211,33 @@ class _Equations:
         return u
 
     def correction(self, x: Tensor, a: Context, margin: float) -> Tensor:
-        """The least step of the independent unknowns to where violated inequalities are met, and what follows ``(L, n)``."""
+        """The least step of the independent unknowns to where linearized inequalities are met, and what follows ``(L, n)``."""
         cw, cx = self.jacobians(self.equality, x, a)
         dw, dx = self.jacobians(self.inequality, x, a)
         follows = -torch.linalg.solve_ex(cw, cx)[0]
-        d = self.inequality(x, a)
-        slope = dx + dw @ follows
-        # Those that are violated, and those that the last step would have violated: a few rounds settle which.
-        active = d > -margin
-        step = torch.zeros_like(cx[:, 0])
-        for _ in range(4):
-            masked = torch.where(active.unsqueeze(2), slope, 0)
-            gram = masked @ masked.mT
-            ridge = 1e-8 * gram.diagonal(dim1=1, dim2=2).sum(1) + torch.finfo(d.dtype).tiny
-            gram = gram + torch.diag_embed(ridge.unsqueeze(1) + (~active).to(d.dtype))
-            y, _ = torch.linalg.solve_ex(gram, torch.where(active, d + margin, 0))
-            step = -times(masked.mT, y)
-            beyond = (d + times(slope, step) > 0) & ~active
-            held = active & (y >= 0)
-            if not bool((beyond | (active & ~held)).any()):
-                break
-            active = held | beyond
-        step = step.clamp(-REACH, REACH).nan_to_num(0.0)
+        step = _least_step(dx + dw @ follows, self.inequality(x, a) + margin).to(x.dtype)
         whole = torch.zeros_like(x)
         whole[:, self.free], whole[:, self.dependent] = step, times(follows, step)
         return whole
+
+
+def _least_step(slope: Tensor, d: Tensor) -> Tensor:
+    """``argmin_u ½ ‖u‖² + PRICE t`` with ``d + G u ≤ t``, t ≥ 0 and ``|u| ≤ REACH`` in every row ``(L, k)``.
+
+    The price is so high that t is zero wherever it can be.
+    """
+    slope, d = slope.double(), d.double()
+    L, m, k = slope.shape
+    eye = torch.eye(k + 1, dtype=d.dtype, device=d.device)
+    rows = torch.cat([torch.cat([slope, -torch.ones_like(slope[:, :, :1])], 2), -eye[k:].expand(L, 1, -1)], 1)
+    box = torch.cat([eye[:k], -eye[:k]]).expand(L, 2 * k, -1)
+    curvature = torch.diag_embed(torch.cat([d.new_ones(L, k), d.new_full((L, 1), 1e-6)], 1))
+    q = PRICE * eye[k].expand(L, -1)
+    h = torch.cat([-d, d.new_zeros(L, 1), d.new_full((L, 2 * k), REACH)], 1)
+    none = d.new_zeros(L, 0, k + 1), d.new_zeros(L, 0)
+    program = Standard(curvature, q, *none, torch.cat([rows, box], 1), h)
+    found = solve_standard(ProgramInteriorPoint(steps=30, tol=1e-8), program, torch.zeros_like(q), own=True)
+    return found.b[:, :k].nan_to_num(0.0)
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:

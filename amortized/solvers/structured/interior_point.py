@@ -11,6 +11,7 @@ from amortized.contract import Context, feasibility_tol, map_leaves
 from amortized.solvers.base import Solution, Trace
 from amortized.solvers.engine.rows import Rows, RowSolver
 from amortized.solvers.smooth.newton import jacobian
+from amortized.solvers.structured.interior_point_program import ProgramInteriorPoint
 from amortized.solvers.structured.newton_system import NewtonSystem, newton_system
 
 TO_BOUNDARY = 0.995
@@ -71,7 +72,7 @@ class InteriorPoint(RowSolver):
     the residual of the equations above. μ follows the mean of ``s ∘ z`` down.
 
     The problem has ``equality(b, a)``, ``inequality(b, a)`` or both (:class:`~amortized.contract.Constrained`), twice
-    differentiable. It is solved in float64 where it can be evaluated so.
+    differentiable; one with ``program`` is solved as such, by :class:`~.interior_point_program.ProgramInteriorPoint`. It is solved in float64 where it can be evaluated so.
 
     ``residual`` is the largest entry of: the violation; ``∇L + Jᵀy + Dᵀz`` and ``s ∘ z``, relative to the largest entry of ∇L at
     the start and, where it is above 1, the mean multiplier. Of the iterates a feasible one is best, then one of small residual;
@@ -104,7 +105,9 @@ class InteriorPoint(RowSolver):
             )
 
     def _solve(self, problem: Any, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
-        """As :meth:`Solver.solve`, with what is best decided by ``residual``."""
+        """As :meth:`Solver.solve`, with what is best decided by feasibility and ``residual``."""
+        if hasattr(problem, "program"):
+            return ProgramInteriorPoint(self.steps, self.tol, self.chunk)._solve(problem, a, b, dual, trace)
         exact, n = _Exact(problem, a, b), b[0].numel()
         a64 = map_leaves(_double, a) if exact.dtype == torch.float64 else a
 
