@@ -12,7 +12,7 @@ few unknowns, twice differentiable            :class:`Newton`
 ``smooth`` and ``prox``                       :class:`FISTA`, with the maps of :mod:`amortized.solvers.structured.proximal`
 ``project``: a convex set                     :class:`ProjectedGradient`
 ``program``: a quadratic program              :class:`ADMM`
-``equality``, ``inequality``                  :class:`AugmentedLagrangian`
+``equality``, ``inequality``                  :class:`InteriorPoint`, :class:`AugmentedLagrangian` where n is large
 ``update``: a fixed point                     :class:`Anderson`
 ============================================  =====================================================================
 
@@ -51,8 +51,10 @@ from amortized.solvers.smooth.newton import Newton
 from amortized.solvers.structure import solver_for
 from amortized.solvers.structured.admm import ADMM
 from amortized.solvers.structured.augmented_lagrangian import AugmentedLagrangian
+from amortized.solvers.structured.completion import Completion
 from amortized.solvers.structured.fista import FISTA
 from amortized.solvers.structured.fixed_point import Anderson
+from amortized.solvers.structured.interior_point import InteriorPoint
 from amortized.solvers.structured.projected_gradient import ProjectedGradient
 from amortized.solvers.tune import tune
 
@@ -74,12 +76,14 @@ __all__ = [
     "Adam",
     "Anderson",
     "AugmentedLagrangian",
+    "Completion",
     "Exploration",
     "Gauge",
     "GaussNewton",
     "GradientDescent",
     "GradientSolver",
     "Implicit",
+    "InteriorPoint",
     "LearnedUpdate",
     "MultiStart",
     "Newton",
