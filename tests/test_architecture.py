@@ -13,12 +13,15 @@ ROOT = Path(__file__).parent.parent / "amortized"
 FLOORS = [
     ["contract", "disk"],
     ["checkpoint"],
+    ["rebuild"],
     ["solvers", "networks", "contexts", "posteriors", "launched"],
+    ["certificates"],
     ["losses", "lean", "finite"],
     ["module"],
     ["evaluation"],
     ["testing", "report", "loggers"],
     ["callbacks", "problems"],
+    ["shipping"],
     ["cli"],
 ]
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}

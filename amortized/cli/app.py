@@ -29,13 +29,14 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.multiprocessing import ProcessExitedException
 
 import amortized.networks
 import amortized.problems  # noqa: F401  (imported so that recipes can use short class names)
 from amortized import checkpoint, disk
-from amortized.callbacks import BudgetMonitor, Checkpoint, GapMonitor, Interrupt, Report
+from amortized.callbacks import BudgetMonitor, CertificateMonitor, Checkpoint, GapMonitor, Interrupt, Report
 from amortized.callbacks.checkpoint import STOPS, raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
 from amortized.callbacks.progress import ProgressBar
@@ -49,6 +50,7 @@ from amortized.cli.surroundings import any_terminal, say, working_directory_impo
 from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import ProblemError, faults
 from amortized.evaluation.budget import default_rivals
+from amortized.evaluation.calibration import Calibration
 from amortized.launched import tell_faults
 from amortized.lean import Unprofiled, lean
 from amortized.loggers.csv import MetricsLogger
@@ -60,6 +62,9 @@ RUN = "AMORTIZED_RUN_FOLDER"
 
 UNTRAINED = "untrained"
 """``--ckpt_path`` of the network as it is initialised."""
+
+CERTIFIED = (SingleDeviceStrategy, DDPStrategy)
+"""Strategies under which every process has the whole model."""
 
 DISK_FAULTS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")}
 """What a disk that is full, read-only, forbidden or broken says."""
@@ -91,8 +96,15 @@ class SaveRecipe(SaveConfigCallback):
         """Those that a checkpoint depends on."""
         return recipe_of(self.text)
 
+    @functools.cached_property
+    def solver(self) -> dict[str, Any] | None:
+        """That of the gap."""
+        found: dict[str, Any] | None = yaml.safe_load(self.text)["gap"]["solver"]
+        return found
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint_: dict[str, Any]) -> None:
         checkpoint_[checkpoint.RECIPE] = self.recipe
+        checkpoint_[checkpoint.SOLVER] = self.solver
         checkpoint_[checkpoint.PROCESSES] = trainer.world_size
 
 
@@ -194,6 +206,7 @@ class AmortizedCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(GapMonitor, "gap")
         parser.add_lightning_class_args(BudgetMonitor, "budget")
+        parser.add_lightning_class_args(CertificateMonitor, "certificate")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_argument(
@@ -281,14 +294,7 @@ class AmortizedCLI(LightningCLI):
         """Refuse a checkpoint whose settings disagree with those of this command."""
         command = self.config.subcommand
         given = recipe_of(self._parser(command).dump(self.config[command], skip_unset=False))
-        saved = loaded.get(checkpoint.RECIPE)
-        if not isinstance(saved, dict) or not all(
-            isinstance(saved.get(part), dict) and isinstance(saved[part].get("class_path"), str)
-            for part in ("model", "data")
-        ):
-            raise checkpoint.MismatchError(
-                f"{path} does not say which recipe it is of: it was not written by this command line"
-            )
+        saved = checkpoint.recipe_in(path, loaded)
         classes = [recipe["model"]["class_path"] for recipe in (saved, given)]
         if not same_class(*classes):
             theirs, ours = (path.split(".")[-1] for path in classes)
@@ -373,6 +379,8 @@ class AmortizedCLI(LightningCLI):
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), checkpoint.WholeCheckpointIO()]
         gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
         budget.rivals = budget.rivals or default_rivals(gap.solver)
+        if held := self.resumed.checkpoint.get(checkpoint.CERTIFICATE):
+            settings["certificate"].calibration = Calibration.of(held)
         given = settings["trainer"]["callbacks"] or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if settings["trainer"]["enable_progress_bar"] is not False and not any(
@@ -524,6 +532,7 @@ class AmortizedCLI(LightningCLI):
         last = checkpoint.newest(self.trainer.default_root_dir)
         if steps == 0:  # they were made in forked processes
             steps = last.step
+        self._certify(last)
         # One less, where all steps were made before the run resumed.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = steps
         # Under SLURM Lightning would take the weights of a requeue checkpoint that it wrote itself, however old.
@@ -533,6 +542,15 @@ class AmortizedCLI(LightningCLI):
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     attempt(logger, log_checkpoint, logger, last.path)
+
+    def _certify(self, last: checkpoint.Newest) -> None:
+        """Calibrate what the trained model's answers lack, and keep that in its last checkpoint."""
+        settings = self.config_init.fit
+        if not settings.certificate.enabled or not isinstance(self.trainer.strategy, CERTIFIED):
+            return
+        calibration = settings.certificate.calibrate(self.trainer, self.model, settings.gap)
+        if last.path is not None and self.trainer.is_global_zero:
+            checkpoint.save(last.checkpoint | {checkpoint.CERTIFICATE: calibration.state()}, last.path)
 
 
 def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:

@@ -14,6 +14,7 @@ GROUPS = {
     "trainer": "Lightning's Trainer: steps, devices, precision, loggers, callbacks",
     "gap": "the amortization gap: its solver and how much time it may take",
     "budget": "what solvers need to reach the network's quality",
+    "certificate": "the bound on what a prediction lacks, calibrated after training",
     "checkpoint": "how often checkpoints are saved and how many are kept",
 }
 """The groups of options, with what they are about."""
