@@ -12,6 +12,7 @@ from torch import Tensor
 
 from amortized.callbacks.gap import GapMonitor
 from amortized.certificates.conformal import ASSUMPTION, coverage
+from amortized.contexts.data_module import ContextDataModule
 from amortized.evaluation.calibration import ALPHA, CONTEXTS, Calibration, calibrate_model
 from amortized.module import AmortizedModule
 
@@ -39,12 +40,13 @@ class CertificateMonitor(Callback):
         self.captions: dict[str, tuple[str, str]] = {}
         self._bounds: list[tuple[Tensor, Tensor]] = []
 
-    def calibrate(self, trainer: Trainer, module: AmortizedModule, gap: GapMonitor) -> Calibration:
+    def calibrate(
+        self, trainer: Trainer, module: AmortizedModule, data: ContextDataModule, gap: GapMonitor
+    ) -> Calibration:
         """Calibrate the trained module; every process finds the same."""
         device = module.device
         try:
             module.to(trainer.strategy.root_device)
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
             self.calibration = calibrate_model(module, data, gap.solver, self.alpha, self.contexts)
         finally:
             module.to(device)

@@ -40,6 +40,7 @@ from amortized.callbacks import BudgetMonitor, CertificateMonitor, Checkpoint, G
 from amortized.callbacks.checkpoint import STOPS, raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
 from amortized.callbacks.progress import ProgressBar
+from amortized.cli import ship
 from amortized.cli.differences import differences, named, same_class, without
 from amortized.cli.errors import UsageError
 from amortized.cli.help_text import COMMANDS, help_text, top_help
@@ -548,7 +549,7 @@ class AmortizedCLI(LightningCLI):
         settings = self.config_init.fit
         if not settings.certificate.enabled or not isinstance(self.trainer.strategy, CERTIFIED):
             return
-        calibration = settings.certificate.calibrate(self.trainer, self.model, settings.gap)
+        calibration = settings.certificate.calibrate(self.trainer, self.model, self.datamodule, settings.gap)
         if last.path is not None and self.trainer.is_global_zero:
             checkpoint.save(last.checkpoint | {checkpoint.CERTIFICATE: calibration.state()}, last.path)
 
@@ -599,7 +600,11 @@ def main(args: list[str] | None = None) -> None:
                 "your dataloader is not resumable).*",
             )
             try:
-                AmortizedCLI(args)
+                given = list(sys.argv[1:] if args is None else args)
+                if given and given[0] in ship.COMMANDS:
+                    ship.run(given)
+                else:
+                    AmortizedCLI(args)
             except Exception as error:
                 told = one_line(error)
                 if told is None or os.environ.get("AMORTIZED_DEBUG"):

@@ -63,6 +63,7 @@ COMMANDS = {
     "validate": "measure a trained model on the validation contexts",
     "test": "measure a trained model on the test contexts, with a report",
     "predict": "write the solutions of given contexts to a file",
+    "solve": "solve any number of contexts, each with a certificate, into a folder of shards",
 }
 
 

@@ -154,14 +154,12 @@ class TrainedSolver:
         calibration, module = self.calibration, self.module
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
         unlike = given & calibration.likeness.unlike(module.observe(a))
-        known = (given & ~unlike).nonzero()[:, 0]
-        out = self._nothing(a, unlike)
-
-        near = take(a, known)
-        b = module(near)
+        like = given & ~unlike
+        near, known = take(a, like), like.nonzero()[:, 0]
+        b = module(near) if len(known) else module.initial(near)
         value = evaluate(module, b, near)
         bound = _limited(torch.where(value.isfinite(), calibration.network.bound(module, b, near), torch.inf), value)
-        out = _put(out, known, b, value, bound, Path.NETWORK, bound <= tol, 2)
+        out = _put(_nothing(b, unlike), known, b, value, bound, Path.NETWORK, bound <= tol, 2)
 
         failing = known[~(bound <= tol)]
         if len(failing):
@@ -186,20 +184,6 @@ class TrainedSolver:
         with draws(stream_seed(0, "gap search", number), b.device):
             return self.solver.solve(self.module, a, b)
 
-    def _nothing(self, a: Context, unlike: Tensor) -> Rows:
-        """Rows for which nothing has been found yet."""
-        start = self.module.initial(a)
-        B, device = num_rows(a), self.module.device
-        infinite = start.new_full((B,), torch.inf)
-        return Rows(
-            torch.full_like(start, torch.nan),
-            infinite,
-            infinite.clone(),
-            torch.zeros(B, dtype=torch.uint8, device=device),
-            torch.zeros(B, dtype=torch.int64, device=device),
-            unlike,
-        )
-
     def _answer(self, a: Context, rows: Rows, plain: bool) -> Answer:
         finite = rows_where(torch.isfinite, rows.b) & rows.objective.isfinite()
         decoded = self.module.decode(take(rows.b, finite), take(a, finite))
@@ -215,6 +199,19 @@ class TrainedSolver:
             finite,
         )
         return Answer(*map(_numpy, found)) if plain else found
+
+
+def _nothing(b: Tensor, unlike: Tensor) -> Rows:
+    """Rows for which nothing has been found yet, of solutions like ``b``."""
+    B = len(unlike)
+    return Rows(
+        b.new_full((B, *b.shape[1:]), torch.nan),
+        b.new_full((B,), torch.inf),
+        b.new_full((B,), torch.inf),
+        torch.zeros(B, dtype=torch.uint8, device=b.device),
+        torch.zeros(B, dtype=torch.int64, device=b.device),
+        unlike,
+    )
 
 
 def _put(
