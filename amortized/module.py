@@ -27,7 +27,7 @@ from torchmetrics import MeanMetric
 
 from amortized import checkpoint as checkpoints
 from amortized.checkpoint import MismatchError, mismatch
-from amortized.contexts.data_module import ContextDataModule
+from amortized.contexts.data_module import ContextDataModule, evaluation_names
 from amortized.contract import (
     Context,
     ProblemError,
@@ -104,7 +104,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         self.scheduler = scheduler
         self.compiled = compile
         self.finite_updates = FiniteUpdates(not_finite)
-        self._objective_mean, self._shifted_mean = (MeanMetric(nan_strategy="disable") for _ in range(2))
+        self._objective_means: list[MeanMetric] = []
         self._bad_rows = MeanMetric()
         self._checked = False
 
@@ -226,7 +226,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         optimizer.step()
 
     def validation_step(self, a: Context, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The prediction, for callbacks to measure; its mean objective is logged, that of shifted contexts (1) apart.
+        """The prediction, for callbacks to measure; its mean objective is logged, that of each set of ``evaluations`` apart.
 
         A row that is not finite counts: the mean is then not finite either, so that no checkpoint, early stop or sweep takes a
         model that fails on hard rows for a good one. ``val/not_finite`` is the fraction of such rows, where there are any.
@@ -234,7 +234,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         check_support(self, a)
         b = self(a)
         value = evaluate(self, b, a)
-        (self._shifted_mean if dataloader_idx else self._objective_mean).update(value)
+        self._objective_means[dataloader_idx].update(value)
         if not dataloader_idx:
             self._bad_rows.update(~value.isfinite())
         return b
@@ -314,6 +314,12 @@ class AmortizedModule(LeanModule, abc.ABC):
             fault = mismatch(self.state_dict(), dict(state_dict)) or str(error).splitlines()[-1].strip()
             raise MismatchError(f"the checkpoint is of another network: {fault}") from error
 
+    def on_validation_epoch_start(self) -> None:
+        names = evaluation_names(self.trainer)
+        self._objective_means = [MeanMetric(nan_strategy="disable").to(self.device) for _ in names]
+
+    on_test_epoch_start = on_validation_epoch_start
+
     def on_validation_start(self) -> None:
         self._synchronise_buffers(False)
 
@@ -336,16 +342,15 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     def _log_objective(self, split: str) -> None:
         if not self.trainer.sanity_checking:
-            self.log(f"{split}/objective", self._objective_mean.compute(), prog_bar=True)
+            for name, mean in zip(evaluation_names(self.trainer), self._objective_means, strict=True):
+                self.log(f"{split}/{name}/objective".replace("//", "/"), mean.compute(), prog_bar=not name)
             bad = self._bad_rows.compute()  # of all processes
             if bad > 0:
                 self.log(f"{split}/not_finite", bad)
                 rank_zero_warn(
                     f"{split}/objective is not finite: it is NaN or infinite in {float(bad):.2%} of the rows"
                 )
-            if self._shifted_mean.update_called:  # on every process, if on one
-                self.log(f"{split}/shifted/objective", self._shifted_mean.compute())
-        for metric in (self._objective_mean, self._shifted_mean, self._bad_rows):
+        for metric in (*self._objective_means, self._bad_rows):
             metric.reset()
 
     def check(self, a: Context, updates: int = 1) -> None:
