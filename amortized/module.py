@@ -139,6 +139,10 @@ class AmortizedModule(LeanModule, abc.ABC):
         """What the model may see of a context; all of it, unless the problem hides a part (a query set, a label)."""
         return a
 
+    def dual(self, a: Context) -> Tensor | None:
+        """The multipliers that the model predicts, ``(B, m)``, for solvers started from its prediction; ``None``: it has none."""
+        return None
+
     def decode(self, b: Tensor, a: Context) -> Any:
         """The solution in the problem's own terms: a tensor, a ``NamedTuple`` of tensors or a distribution."""
         return b

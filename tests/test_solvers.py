@@ -222,7 +222,7 @@ def test_a_random_objective_is_searched_with_its_draws_fixed(solver: Solver) -> 
 def test_trace_counts_evaluations_and_only_improves() -> None:
     a, b = valleys()
     seen: list[tuple[int, Tensor]] = []
-    found = LBFGS().solve(Rosenbrock(), a, b, trace=lambda count, best: seen.append((count, best)))
+    found = LBFGS().solve(Rosenbrock(), a, b, trace=lambda count, b, best: seen.append((count, best)))
     counts = [count for count, _ in seen]
     assert counts == sorted(counts)
     assert counts[-1] == found.evaluations.max()
@@ -410,7 +410,7 @@ def test_pairs_that_wait_are_in_the_matrix_too(problem: Valleys) -> None:
         torch.testing.assert_close(found.b, eager.b, atol=1e-5, rtol=0)
         assert (found.evaluations - eager.evaluations).abs().double().mean() < 1
     traced: list[int] = []
-    found = BFGS(compile=True).solve(problem, a, b, trace=lambda evaluations, value: traced.append(evaluations))
+    found = BFGS(compile=True).solve(problem, a, b, trace=lambda evaluations, b, value: traced.append(evaluations))
     torch.testing.assert_close(found.b, eager.b, atol=1e-5, rtol=0)
     assert max(traced) == found.evaluations.max()
 

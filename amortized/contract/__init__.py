@@ -5,6 +5,7 @@ row. Contexts ``a`` are a tensor or a ``NamedTuple`` of tensors; solutions ``b``
 """
 
 from amortized.contract.check import check_context, check_objective, check_support
+from amortized.contract.constraints import best_of, better, constrained, feasibility_tol, feasible_value, violation
 from amortized.contract.draws import CommonDraws, draws, is_random, start_draws
 from amortized.contract.error import ProblemError
 from amortized.contract.problem import (
@@ -38,13 +39,18 @@ __all__ = [
     "Projectable",
     "Quadratic",
     "QuadraticProgram",
+    "best_of",
+    "better",
     "check_context",
     "check_objective",
     "check_seed",
     "check_support",
     "concatenate",
+    "constrained",
     "draws",
     "evaluate",
+    "feasibility_tol",
+    "feasible_value",
     "is_random",
     "leaves",
     "map_leaves",
@@ -54,4 +60,5 @@ __all__ = [
     "stream_seed",
     "take",
     "value_and_grad",
+    "violation",
 ]

@@ -31,6 +31,7 @@ from amortized.contract import (
     Context,
     Problem,
     evaluate,
+    feasible_value,
     is_random,
     stream_seed,
     take,
@@ -305,21 +306,21 @@ def _trace(
     values: list[Tensor] = []
     recording = 0.0
 
-    def record(count: int, best: Tensor) -> None:
+    def record(count: int, b: Tensor, value: Tensor) -> None:
         nonlocal recording
-        now = clock(best.device)
+        now = clock(b.device)
         seconds.append(now - started - recording)
         evaluations.append(count)
-        values.append(best.double().cpu())
+        values.append(feasible_value(problem, b, value, a).double().cpu())
         if hopeless is not None and hopeless(seconds[-1], count, values[-1]):
             raise _Beaten
-        recording += clock(best.device) - now
+        recording += clock(b.device) - now
 
     started = clock(start.device)
     with contextlib.suppress(_Beaten):
         found = solver.solve(problem, a, start, trace=record)
         if not values:  # no round was needed
-            record(int(found.evaluations.max()), found.value)
+            record(int(found.evaluations.max()), found.b, found.value)
     return torch.tensor(seconds, dtype=torch.float64), torch.tensor(evaluations), torch.stack(values)
 
 
