@@ -50,7 +50,7 @@ def test_any_number_of_processes_write_the_same_files(ckpt):
     assert len(digests("one")) == 2 * 8
     shard = dict(np.load("one/shard-000007.npz"))
     assert {name: len(column) for name, column in shard.items()} == dict.fromkeys(
-        ("b", "objective", "certificate", "path", "evaluations", "unlike"), 1000 - 7 * 128
+        ("b", "objective", "certificate", "path", "violation", "evaluations", "unlike"), 1000 - 7 * 128
     )
     found = json.loads(Path("three/summary.json").read_text())
     assert found["contexts"] == sum(found["paths"].values()) == found["finite"] == 1000
@@ -72,11 +72,14 @@ def test_a_shard_is_what_solve_says_of_its_contexts(ckpt):
         assert not (again[:, None] == held).all(2).any()
 
 
-def test_a_run_killed_again_and_again_loses_nothing_and_does_nothing_twice(ckpt):
-    main(solve(ckpt, "whole", contexts=6_000))
+@pytest.mark.parametrize(
+    ("kills", "contexts"), [(1, 2_000), pytest.param(3, 100_000, marks=pytest.mark.slow)], ids=["once", "three times"]
+)
+def test_a_run_killed_loses_nothing_and_does_nothing_twice(ckpt, kills, contexts):
+    main(solve(ckpt, "whole", contexts=contexts))
     whole, draw = digests("whole"), random.Random(0)
-    for _ in range(2):
-        run = Run(solve(ckpt, "killed", contexts=6_000))
+    for _ in range(kills):
+        run = Run(solve(ckpt, "killed", contexts=contexts))
         before = len(digests("killed"))
         run.wait_for(lambda before=before: len(digests("killed")) > before + 2)
         time.sleep(0.1 * draw.random())
@@ -84,7 +87,7 @@ def test_a_run_killed_again_and_again_loses_nothing_and_does_nothing_twice(ckpt)
         assert all(np.load(path)["b"].shape for path in Path("killed").glob("shard-*.npz"))  # each is whole
     done = {name: Path("killed", name).stat().st_mtime_ns for name in digests("killed")}
     notes = [name for name in done if name.endswith(".json")]
-    main(solve(ckpt, "killed", contexts=6_000))
+    main(solve(ckpt, "killed", contexts=contexts))
     assert digests("killed") == whole
     assert all(Path("killed", name).stat().st_mtime_ns == done[name] for name in notes)
 

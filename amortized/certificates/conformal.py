@@ -98,4 +98,4 @@ def coverage(bound: Tensor, gap: Tensor) -> dict[str, Any]:
     p, z = float((gap <= bound).double().mean()), 1.959964
     centre, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return {"coverage": p, "low": (centre - width) / scale, "high": (centre + width) / scale}
+    return {"coverage": p, "low": max((centre - width) / scale, 0.0), "high": min((centre + width) / scale, 1.0)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from amortized.certificates.conformal import ASSUMPTION, Conformal, calibrate, squared_gradient
 from amortized.certificates.likeness import Likeness, features, fit_likeness
 from amortized.contexts.data_module import ContextDataModule
-from amortized.contract import Context, concatenate, draws, evaluate, num_rows, stream_seed, take
+from amortized.contract import Context, concatenate, draws, evaluate, feasible_value, num_rows, stream_seed, take
 from amortized.evaluation.float64 import at_least_float32, in_float64
 from amortized.module import AmortizedModule
 from amortized.solvers import Solution, Solver
@@ -142,7 +142,7 @@ def _gaps(module: AmortizedModule, a: Context, solver: Solver, number: int) -> _
         if found is None:
             with draws(stream_seed(0, "gap value", number), of.device):
                 found = evaluate(problem, of, a).double()
-        return found.nan_to_num(nan=torch.inf)
+        return feasible_value(problem, of, found.nan_to_num(nan=torch.inf), a)
 
     def solved(by: Solver, start: Tensor) -> Solution:
         with draws(stream_seed(0, "gap search", number), start.device):

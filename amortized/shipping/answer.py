@@ -36,6 +36,8 @@ class Answer(NamedTuple):
     training, whose solver converged, a conformal certificate says nothing."""
     path: Any
     """``"network"``, ``"refined"``, ``"solver"`` or, where nothing met the tolerance, ``"none"``: an array of words ``(B,)``."""
+    violation: Any
+    """Of the constraints, in their units ``(B,)``; 0 where there are none."""
     evaluations: Any
     """Of the objective, by solvers and certificates ``(B,)``."""
     unlike: Any
@@ -58,6 +60,7 @@ class Rows(NamedTuple):
     certificate: Tensor
     path: Tensor
     """A :class:`Path` of each row ``(B,)``, bytes."""
+    violation: Tensor
     evaluations: Tensor
     unlike: Tensor
 

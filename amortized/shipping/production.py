@@ -65,10 +65,10 @@ def share(given: str | None) -> tuple[int, int]:
         ProblemError: if it is no such share.
     """
     if given is not None:
-        i, _, n = given.partition("/")
-        if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        part, _, parts = given.partition("/")
+        if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
             raise ProblemError(f"--shards is i/n, the i-th of n processes, counted from 0 (0/4 to 3/4); got {given}")
-        return int(i), int(n)
+        return int(part), int(parts)
     for rank, world, first in (
         ("RANK", "WORLD_SIZE", None),
         ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),

@@ -17,15 +17,18 @@ from amortized.contexts.files import as_contexts
 from amortized.contract import (
     Context,
     ProblemError,
+    better,
     check_support,
     concatenate,
     draws,
     evaluate,
+    feasibility_tol,
     map_leaves,
     num_rows,
     rows_where,
     stream_seed,
     take,
+    violation,
 )
 from amortized.evaluation.calibration import Calibration, calibrate_model
 from amortized.module import AmortizedModule
@@ -158,15 +161,17 @@ class TrainedSolver:
         near, known = take(a, like), like.nonzero()[:, 0]
         b = module(near) if len(known) else module.initial(near)
         value = evaluate(module, b, near)
+        broken = violation(module, b, near)
         bound = _limited(torch.where(value.isfinite(), calibration.network.bound(module, b, near), torch.inf), value)
-        out = _put(_nothing(b, unlike), known, b, value, bound, Path.NETWORK, bound <= tol, 2)
+        out = _nothing(b, unlike)
+        good = self._put(out, known, b, value, bound, broken, Path.NETWORK, bound <= tol, 2)
 
-        failing = known[~(bound <= tol)]
+        failing = known[~good]
         if len(failing):
             found = self._solved(take(a, failing), out.b[failing], number)
             bound = _either(found, calibration.refined, calibration.refined_unfinished)
-            out = _put(out, failing, found.b, found.value, bound, Path.REFINED, bound <= tol, found.evaluations)
-            failing = failing[~(bound <= tol)]
+            good = self._put(out, failing, *_parts(found, bound), Path.REFINED, bound <= tol, found.evaluations)
+            failing = failing[~good]
 
         cold = torch.cat([failing, unlike.nonzero()[:, 0]]).sort().values
         if len(cold):
@@ -176,13 +181,41 @@ class TrainedSolver:
             far = unlike[cold]
             good = torch.where(far, found.converged, bound <= tol)
             bound = torch.where(far, torch.where(found.converged, torch.nan, torch.inf), bound)
-            out = _put(out, cold, found.b, found.value, bound, Path.SOLVER, good, found.evaluations)
+            self._put(out, cold, *_parts(found, bound), Path.SOLVER, good, found.evaluations)
         return out
 
     def _solved(self, a: Context, b: Tensor, number: int) -> Solution:
         # Started anew: rows of one search, and of the next, have the same draws.
         with draws(stream_seed(0, "gap search", number), b.device):
             return self.solver.solve(self.module, a, b)
+
+    def _put(
+        self,
+        rows: Rows,
+        at: Tensor,
+        b: Tensor,
+        value: Tensor,
+        bound: Tensor,
+        broken: Tensor,
+        path: Path,
+        good: Tensor,
+        evaluations: Tensor | int,
+    ) -> Tensor:
+        """Put what was found for some rows where it is no worse than what they have; a path where it is good and feasible.
+
+        Returns which of them now have a path.
+        """
+        limit = feasibility_tol(self.module)
+        good = good & (broken <= limit)
+        kept = better(rows.objective[at], rows.violation[at], value, broken, limit)
+        taken = ~kept & (value < torch.inf)
+        rows.b[at] = torch.where(taken.view(-1, *[1] * (b.ndim - 1)), b.to(rows.b.dtype), rows.b[at])
+        for column, new in ((rows.objective, value), (rows.violation, broken)):
+            column[at] = torch.where(taken, new.to(column.dtype), column[at])
+        rows.certificate[at] = torch.where(taken | good, bound.to(rows.certificate.dtype), rows.certificate[at])
+        rows.path[at] = torch.where(good, int(path), int(Path.NONE)).to(torch.uint8)
+        rows.evaluations[at] += evaluations
+        return good
 
     def _answer(self, a: Context, rows: Rows, plain: bool) -> Answer:
         finite = rows_where(torch.isfinite, rows.b) & rows.objective.isfinite()
@@ -194,6 +227,7 @@ class TrainedSolver:
             rows.objective,
             rows.certificate,
             path,
+            rows.violation,
             rows.evaluations,
             rows.unlike,
             finite,
@@ -209,30 +243,14 @@ def _nothing(b: Tensor, unlike: Tensor) -> Rows:
         b.new_full((B,), torch.inf),
         b.new_full((B,), torch.inf),
         torch.zeros(B, dtype=torch.uint8, device=b.device),
+        b.new_full((B,), torch.inf),
         torch.zeros(B, dtype=torch.int64, device=b.device),
         unlike,
     )
 
 
-def _put(
-    rows: Rows,
-    at: Tensor,
-    b: Tensor,
-    value: Tensor,
-    bound: Tensor,
-    path: Path,
-    good: Tensor,
-    evaluations: Tensor | int,
-) -> Rows:
-    """The rows with what was found for some of them, wherever it is no worse than what they have; a path where it is good."""
-    had, has = rows.objective[at], value.nan_to_num(nan=torch.inf)
-    better = has <= had
-    rows.b[at] = torch.where(better.view(-1, *[1] * (b.ndim - 1)), b.to(rows.b.dtype), rows.b[at])
-    rows.objective[at] = torch.where(better, value.to(had.dtype), had)
-    rows.certificate[at] = torch.where(better | good, bound.to(rows.certificate.dtype), rows.certificate[at])
-    rows.path[at] = torch.where(good, int(path), int(Path.NONE)).to(torch.uint8)
-    rows.evaluations[at] += evaluations
-    return rows
+def _parts(found: Solution, bound: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return found.b, found.value, bound, found.violation
 
 
 def _either(found: Solution, finished: Conformal, unfinished: Conformal) -> Tensor:
