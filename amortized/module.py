@@ -16,7 +16,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
+from amortized import checkpoint as checkpoints
 from amortized.checkpoint import MismatchError, mismatch
 from amortized.contexts.data_module import ContextDataModule, evaluation_names
 from amortized.contract import (
@@ -46,6 +47,7 @@ from amortized.contract.faults import describe, known_cause
 from amortized.finite import FiniteUpdates
 from amortized.lightning_private import LeanModule, logs_now, trainer_of
 from amortized.losses.objective import Loss, ObjectiveLoss
+from amortized.rebuild import rebuild
 from amortized.solvers.base import Solver
 
 if TYPE_CHECKING:
@@ -293,6 +295,34 @@ class AmortizedModule(LeanModule, abc.ABC):
             weights, own = checkpoint["state_dict"], self.state_dict()
             kept = {key: value for key, value in weights.items() if not key.startswith("loss.")}
             checkpoint["state_dict"] = kept | {key: value for key, value in own.items() if key.startswith("loss.")}
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, **kwargs: Any
+    ) -> Self:
+        """The trained module of a checkpoint file, built from the recipe that it holds.
+
+        Raises:
+            CheckpointError: if it is no good checkpoint, cannot be built here, or is of another class than this one.
+        """
+        if kwargs:
+            raise TypeError(
+                f"load_from_checkpoint builds what the checkpoint holds; it does not take {', '.join(kwargs)}"
+            )
+        path = Path(checkpoint_path)
+        module = cls.from_checkpoint(path, checkpoints.load(path))
+        return module if map_location is None else module.to(map_location)
+
+    @classmethod
+    def from_checkpoint(cls, path: Path, loaded: dict[str, Any]) -> Self:
+        """As :meth:`load_from_checkpoint`, of what was read already."""
+        module = rebuild(checkpoints.recipe_in(path, loaded)["model"], cls, str(path))
+        try:
+            module.on_load_checkpoint(loaded)
+            module.load_state_dict(loaded["state_dict"])
+        except MismatchError as error:
+            raise MismatchError(f"{path}: {error}") from error
+        return module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch.

@@ -17,13 +17,16 @@ ROOT = Path(__file__).parent.parent / "amortized"
 FLOORS = [
     ["contract", "disk"],
     ["checkpoint"],
+    ["rebuild"],
     ["solvers", "networks", "contexts", "posteriors"],
-    ["losses", "lightning_private", "finite", "certificates"],
+    ["certificates"],
+    ["losses", "lightning_private", "finite"],
     ["launched"],
     ["module"],
     ["evaluation"],
     ["testing", "report", "loggers"],
     ["callbacks", "problems"],
+    ["shipping"],
     ["cli"],
 ]
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
