@@ -137,6 +137,10 @@ class AmortizedModule(LeanModule, abc.ABC):
         """What the model may see of a context; all of it, unless the problem hides a part (a query set, a label)."""
         return a
 
+    def prepare(self, a: Context) -> Context:
+        """What the objective needs of a context, worked out once before solvers search: what shared layers make of images."""
+        return a
+
     def decode(self, b: Tensor, a: Context) -> Any:
         """The solution in the problem's own terms: a tensor, a ``NamedTuple`` of tensors or a distribution."""
         return b

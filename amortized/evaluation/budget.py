@@ -227,6 +227,7 @@ def measure_budget(
         b = problem(a)
         device = b.device
         forward = statistics.median(_seconds(lambda: problem(a), device) for _ in range(repeats))
+        a = problem.prepare(a)
     b = b.to(torch.promote_types(b.dtype, torch.float32))
     start = problem.initial(a).to(b.dtype)
     search = CommonDraws(problem, stream_seed(0, "budget", 0)) if is_random(problem, b, a) else problem

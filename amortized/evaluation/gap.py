@@ -51,6 +51,8 @@ def measure_gap(
             ``optimum``; unless it declares ``family_optimum`` too, that costs another solver run, :func:`longer`.
     """
     problem, a = at_least_float32(problem, a)
+    with torch.no_grad():
+        a = problem.prepare(a)
     b = b.detach().to(torch.promote_types(b.dtype, torch.float32))
     search, choice, value, fresh = (
         stream_seed(0, f"gap {use}", seed) for use in ("search", "choice", "value", "again")
