@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
 from amortized.checkpoint import MismatchError, mismatch
-from amortized.contexts.data_module import ContextDataModule
+from amortized.contexts.data_module import ContextDataModule, evaluation_names
 from amortized.contract import (
     Context,
     ProblemError,
@@ -40,7 +40,7 @@ from amortized.contract import (
 )
 from amortized.contract.faults import describe, known_cause
 from amortized.finite import FiniteUpdates
-from amortized.lean import LeanModule
+from amortized.lightning_private import LeanModule, logs_now, trainer_of
 from amortized.losses.objective import Loss, ObjectiveLoss
 from amortized.solvers.base import Solver
 
@@ -102,7 +102,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         self.scheduler = scheduler
         self.compiled = compile
         self.finite_updates = FiniteUpdates(not_finite)
-        self._objective_mean, self._shifted_mean = (MeanMetric(nan_strategy="disable") for _ in range(2))
+        self._objective_means: list[MeanMetric] = []
         self._bad_rows = MeanMetric()
         self._checked = False
 
@@ -199,7 +199,7 @@ class AmortizedModule(LeanModule, abc.ABC):
             for k, contexts in enumerate(earlier):
                 self._update(contexts, optimizer, self._number(batch_idx, k, len(earlier) + 1))
         loss = self.finite_updates.mean(self, a, self._number(batch_idx, len(earlier), len(earlier) + 1))
-        if self.trainer._logger_connector.should_update_logs:  # logging costs more than a small network's step
+        if logs_now(self.trainer):
             self.finite_updates.look(self)
             self.log("train/loss", loss.detach(), sync_dist=True)
             if self.finite_updates.action == "skip":
@@ -228,7 +228,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         optimizer.step()
 
     def validation_step(self, a: Context, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The prediction, for callbacks to measure; its mean objective is logged, that of shifted contexts (1) apart.
+        """The prediction, for callbacks to measure; its mean objective is logged, that of each set of ``evaluations`` apart.
 
         A row that is not finite counts: the mean is then not finite either, so that no checkpoint, early stop or sweep takes a
         model that fails on hard rows for a good one. ``val/not_finite`` is the fraction of such rows, where there are any.
@@ -236,7 +236,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         check_support(self, a)
         b = self(a)
         value = evaluate(self, b, a)
-        (self._shifted_mean if dataloader_idx else self._objective_mean).update(value)
+        self._objective_means[dataloader_idx].update(value)
         if not dataloader_idx:
             self._bad_rows.update(~value.isfinite())
         return b
@@ -246,7 +246,8 @@ class AmortizedModule(LeanModule, abc.ABC):
     def predict_step(self, a: Context, batch_idx: int) -> dict[str, Any]:
         """The predictions and their objectives, which rows of them are ``finite``, and the decoded solutions of those.
 
-        A context with a NaN is not shown to the model: its prediction is NaN, those of the other rows are as without it.
+        A context with a NaN is not shown to the model: its prediction is NaN, those of the other rows are as without it. Where
+        no row is finite, nothing is decoded: ``None``.
         """
         check_support(self, a)
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
@@ -255,7 +256,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         objective = evaluate(self, b, known)
         b, objective = _filled(b, given), _filled(objective, given)
         finite = rows_where(torch.isfinite, b) & objective.isfinite()
-        decoded = self.decode(take(b, finite), take(a, finite))
+        decoded = self.decode(take(b, finite), take(a, finite)) if finite.any() else None
         return {"b": b, "objective": objective, "finite": finite, "decoded": decoded}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -270,8 +271,9 @@ class AmortizedModule(LeanModule, abc.ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the loss has learned matters to training alone: a test may have another loss."""
         rows, self.finite_updates.updates = checkpoint.get(SKIPPED, (0, 0))
-        self.finite_updates.rows = rows if self._trainer is None or self.trainer.is_global_zero else 0
-        if self._trainer is None or self._trainer.state.fn != "fit":
+        trainer = trainer_of(self)
+        self.finite_updates.rows = rows if trainer is None or trainer.is_global_zero else 0
+        if trainer is None or trainer.state.fn != "fit":
             weights, own = checkpoint["state_dict"], self.state_dict()
             kept = {key: value for key, value in weights.items() if not key.startswith("loss.")}
             checkpoint["state_dict"] = kept | {key: value for key, value in own.items() if key.startswith("loss.")}
@@ -287,6 +289,12 @@ class AmortizedModule(LeanModule, abc.ABC):
         except RuntimeError as error:
             fault = mismatch(self.state_dict(), dict(state_dict)) or str(error).splitlines()[-1].strip()
             raise MismatchError(f"the checkpoint is of another network: {fault}") from error
+
+    def on_validation_epoch_start(self) -> None:
+        names = evaluation_names(self.trainer)
+        self._objective_means = [MeanMetric(nan_strategy="disable").to(self.device) for _ in names]
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_start(self) -> None:
         self._synchronise_buffers(False)
@@ -310,16 +318,15 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     def _log_objective(self, split: str) -> None:
         if not self.trainer.sanity_checking:
-            self.log(f"{split}/objective", self._objective_mean.compute(), prog_bar=True)
+            for name, mean in zip(evaluation_names(self.trainer), self._objective_means, strict=True):
+                self.log(f"{split}/{name}/objective".replace("//", "/"), mean.compute(), prog_bar=not name)
             bad = self._bad_rows.compute()  # of all processes
             if bad > 0:
                 self.log(f"{split}/not_finite", bad)
                 rank_zero_warn(
                     f"{split}/objective is not finite: it is NaN or infinite in {float(bad):.2%} of the rows"
                 )
-            if self._shifted_mean.update_called:  # on every process, if on one
-                self.log(f"{split}/shifted/objective", self._shifted_mean.compute())
-        for metric in (self._objective_mean, self._shifted_mean, self._bad_rows):
+        for metric in (*self._objective_means, self._bad_rows):
             metric.reset()
 
     def check(self, a: Context, updates: int = 1) -> None:

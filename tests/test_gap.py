@@ -171,25 +171,32 @@ def test_fit_validate_test_and_predict_in_one_process():
     assert sum(len(batch["b"]) for batch in fit.predict(module, data)) == 96
 
 
-def test_shifted_contexts_are_measured_beside_the_others_and_do_not_change_them():
+def test_named_sets_of_contexts_are_measured_beside_the_others_and_do_not_change_them():
     results = []
-    for shifted in (None, FiniteGaussians(num_eval=50, scale=3.0)):
+    for further in (
+        None,
+        {"shifted": FiniteGaussians(num_eval=50, scale=3.0), "few": FiniteGaussians(num_eval=5)},
+    ):
         torch.manual_seed(0)
-        data = FiniteGaussians(num_eval=70, eval_batch_size=32, shifted=shifted)
+        data = FiniteGaussians(num_eval=70, eval_batch_size=32, evaluations=further)
         module, monitor = Quadratic(noise=0.3), GapMonitor(LBFGS(steps=30), max_fraction=1)
         run = trainer(monitor, max_steps=4, val_check_interval=2, check_val_every_n_epoch=None)
         run.fit(module, data)
         assert "val/shifted/gap/mean" not in run.callback_metrics
         results.append([getattr(run, command)(module, data, verbose=False)[0] for command in ("validate", "test")])
-        if shifted is None:
-            assert monitor.shifted == {}
-            assert len(monitor.shifted_table.gap) == 0
+        assert list(monitor.evaluations) == list(further or {})
     for split, alone, both in zip(("val", "test"), *results, strict=True):
-        assert alone == {name: value for name, value in both.items() if "shifted" not in name}
+        assert alone == {name: value for name, value in both.items() if not {"shifted", "few"} & {*name.split("/")}}
         assert both[f"{split}/shifted/gap/total"] == 50
+        assert both[f"{split}/few/gap/total"] == 5
         assert both[f"{split}/shifted/gap/mean"] > 3 * both[f"{split}/gap/mean"]
         assert both[f"{split}/shifted/objective"] > both[f"{split}/objective"]
         assert both[f"{split}/shifted/gap/decomposition/total"] > 0
+
+
+def test_a_set_of_contexts_has_a_name():
+    with pytest.raises(ValueError, match="data.evaluations: 'far away' is no name"):
+        FiniteGaussians(evaluations={"far away": FiniteGaussians()})
 
 
 def test_contexts_of_a_test_do_not_move_the_random_numbers_of_training():
@@ -214,9 +221,7 @@ def test_processes_agree_to_1e_6(noise):
         f"--model.noise={noise}",
         "--model.batch_norm=true",
         "--data=toy.FiniteGaussians",
-        "--data.shifted=toy.FiniteGaussians",
-        "--data.shifted.scale=2",
-        "--data.shifted.num_eval=401",
+        "--data.evaluations={shifted: {class_path: toy.FiniteGaussians, init_args: {scale: 2, num_eval: 401}}}",
         "--trainer.callbacks=toy.SaveRows",
     ]
     args += ["--data.eval_batch_size=200", "--trainer.max_steps=12", "--trainer.val_check_interval=6"]
@@ -246,7 +251,8 @@ def test_processes_agree_to_1e_6(noise):
     for processes in (2, 3):
         assert np.array_equal(np.histogram(gap[processes], bins=edges)[0], counts)
         groups = [(found[1][name], found[processes][name]) for name in ("gap", "rows", "objective", "decomposition")]
-        groups += [(group, found[processes]["shifted"][name]) for name, group in found[1]["shifted"].items()]
+        further = [found[k]["evaluations"]["shifted"] for k in (1, processes)]
+        groups += [(group, further[1][name]) for name, group in further[0].items()]
         for one, several in groups:
             assert one.keys() == several.keys()
             for name, value in one.items():
@@ -258,7 +264,7 @@ def test_processes_agree_to_1e_6(noise):
         for key in set(predicted[1]) - {"name"}:
             assert np.allclose(predicted[processes][key], predicted[1][key], atol=1e-6)
     assert found[1]["rows"]["total"] == 833
-    assert found[1]["shifted"]["rows"]["total"] == 401
+    assert found[1]["evaluations"]["shifted"]["rows"]["total"] == 401
     assert found[1]["gap"]["mean"] > 0.01
     assert (found[1]["gap"]["noise"] > 0) == (noise > 0)
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from amortized.cli.app import main
 from amortized.contract import CommonDraws
 from amortized.evaluation.budget import Curve, first, measure_budget
 from amortized.evaluation.metric import GapRows
-from amortized.evaluation.results import results
+from amortized.evaluation.results import Results
 from amortized.report.pictures import draw_curves, draw_gap, histogram
 from amortized.report.table import lines, table
 from amortized.solvers import LBFGS, Adam, GradientDescent
@@ -182,7 +183,7 @@ def test_a_problem_never_seen_goes_from_yaml_to_report(unseen, capsys):
     assert Path("run/config.yaml").read_text() in page.text
     assert "amortized fit -c cannon.yaml --run_folder=run" in page.text
     assert "miss & effort <J>" in page.text
-    for label, value in lines(found, "miss & effort <J>"):
+    for label, value in lines(Results.from_json(found), "miss & effort <J>"):
         assert label.strip() in page.text
         assert value in page.text
     assert "48 *" in page.text  # the broken contexts are the worst ones, and marked
@@ -325,7 +326,9 @@ def test_the_table_fits_a_terminal(name):
         for k in ("total", "amortization", "solver", "approximation")
         for e in ("", "_stderr")
     }
-    told = results(gap, found, gap)
+    told = Results.of(gap, found, {"shifted": gap, "large": gap})
+    told = replace(told, measurements={"calibration": {"error": 0.5}})
+    assert Results.from_json(json.loads(json.dumps(told.to_json()))) == told
     text = table(told, f"the problem of {name}", name)
     assert max(map(len, text.splitlines())) <= 80
     assert "the solver's is about 0" in text
@@ -343,9 +346,9 @@ def test_a_rival_that_never_reaches_the_network_says_so():
     keys = ("network", "reference", "mean", "median", "p95", "relative", "stderr", "noise", "rounding")
     gap = dict.fromkeys(keys, math.nan)
     gap |= {"total": 8.0, "converged": 0.0, "diverged": 1.0, "lost": 0.0, "unbounded": 0.0, "relative": 16945.0}
-    told = results(gap, found)
-    check_schema(told)
-    assert told["time"]["equal_quality_ratio"] is None
+    told = Results.of(gap, found)
+    check_schema(told.to_json())
+    assert told.time.equal_quality_ratio is None
     assert "never" in table(told, "name", "objective")
     assert "100.0%" in table(told, "name", "objective")
     assert "16,945x" in table(told, "name", "objective")

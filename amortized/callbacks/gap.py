@@ -10,6 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from amortized.contexts.data_module import evaluation_names
 from amortized.contract import (
     Context,
     ProblemError,
@@ -35,9 +36,9 @@ class GapMonitor(Callback):
     ``val/gap/total`` says how many. Fewer than 30 (or all, if there are fewer) are not reported; a validation for which there
     was too little time has no gap.
     Outside training it measures all of them, finds the terms of :func:`~amortized.evaluation.metric.decomposition` where the
-    problem declares its ``optimum``, and measures the same on the shifted contexts, where the data have some:
-    ``test/shifted/gap/*``.
-    At a test it keeps the contexts with the largest gap, of all processes; not of the shifted ones.
+    problem declares its ``optimum``, and measures the same on each further set of the data's ``evaluations``:
+    ``test/NAME/gap/*``.
+    At a test it keeps the contexts with the largest gap, of all processes; of the data's own alone.
 
     Args:
         solver: the inner loop to measure against; ``None``: L-BFGS.
@@ -50,9 +51,11 @@ class GapMonitor(Callback):
             raise ValueError(f"gap.max_fraction must be in [0, 1]; got {max_fraction}")
         self.solver = solver if solver is not None else LBFGS()
         self.max_fraction, self.keep_worst = max_fraction, keep_worst
-        self.metric, self.shifted_metric = AmortizationGap(), AmortizationGap()
+        self.metrics = {"": AmortizationGap()}
+        """By the names of :func:`~amortized.contexts.data_module.evaluation_names`."""
         self.results: dict[str, float] = {}
-        self.shifted: dict[str, float] = {}
+        self.evaluations: dict[str, dict[str, float]] = {}
+        """The results on each further set of contexts."""
         self.example: tuple[Context, Tensor, Tensor] | None = None
         self.worst: Cases | None = None
         """After a test, on every process; the index of its rows is the context's place in the test set."""
@@ -86,14 +89,14 @@ class GapMonitor(Callback):
         return self._trained + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     @property
+    def metric(self) -> AmortizationGap:
+        """Of the data's own contexts."""
+        return self.metrics[""]
+
+    @property
     def table(self) -> GapRows:
         """The rows of the last measurement, from all processes."""
         return self.metric.table
-
-    @property
-    def shifted_table(self) -> GapRows:
-        """The same of the shifted contexts; no rows where there are none."""
-        return self.shifted_metric.table
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, AmortizedModule):
@@ -112,10 +115,8 @@ class GapMonitor(Callback):
         self._trained, self._started = self._time(), None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for metric in (self.metric, self.shifted_metric):
-            metric.to(pl_module.device).reset()
-            metric.update(GapRows(*torch.empty(len(GapRows._fields), 0, device=pl_module.device)))
-        self.example, self.worst, self.shifted, self._least = None, None, {}, 1
+        self.metrics = {name: AmortizationGap().to(pl_module.device) for name in evaluation_names(trainer)}
+        self.example, self.worst, self.evaluations, self._least = None, None, {}, 1
         self._measured = self._seen = 0
         self._limit, self._full, self._before = None, False, self.seconds
         if trainer.sanity_checking:
@@ -136,7 +137,7 @@ class GapMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        metric = self.shifted_metric if dataloader_idx else self.metric
+        metric = list(self.metrics.values())[dataloader_idx]
         number = batch_idx * trainer.world_size + trainer.global_rank
         index = number * 2**20 + torch.arange(len(outputs), device=outputs.device)
         at = 0
@@ -209,16 +210,17 @@ class GapMonitor(Callback):
         self.metric.parts = [torch.cat(self.metric.parts)[:count]]  # in the order in which they were measured
 
     def _finish(self, module: LightningModule, split: str) -> None:
-        for metric, name in ((self.metric, split), (self.shifted_metric, f"{split}/shifted")):
+        for name, metric in self.metrics.items():
             statistics = metric.compute()
             if statistics["total"] == 0:
                 continue
             found = {key: float(value) for key, value in statistics.items()}
-            if metric is self.metric:
-                self.results = found
+            if name:
+                self.evaluations[name] = found
             else:
-                self.shifted = found
-            module.log_dict({f"{name}/gap/{key}": value.float() for key, value in statistics.items()})
+                self.results = found
+            where = f"{split}/{name}/gap".replace("//", "/")
+            module.log_dict({f"{where}/{key}": value.float() for key, value in statistics.items()})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         started = time.perf_counter()

@@ -27,6 +27,8 @@ def arrays(decoded: Any, name: str = "decoded") -> dict[str, np.ndarray]:
         return {
             f"{name}.{what}": array for what in ("mean", "stddev") for array in arrays(getattr(decoded, what)).values()
         }
+    if decoded is None:
+        return {}
     parts = decoded._asdict() if hasattr(decoded, "_asdict") else decoded
     if not isinstance(parts, dict):
         raise TypeError(
@@ -88,7 +90,8 @@ class PredictionWriter(Callback):
             folder = self._folder / "predictions"
             folder.mkdir(parents=True, exist_ok=True)
             known = finite["finite"]
-            files = pl_module.save(outputs["decoded"], [folder / name for name in names[known]])
+            paths = [folder / name for name in names[known]]
+            files = pl_module.save(outputs["decoded"], paths) if paths else []
             file = np.full(len(names), "", object)
             file[known] = [path.name for path in files]
             columns = {"file": file} | objective
@@ -109,7 +112,7 @@ class PredictionWriter(Callback):
             return
         batches.sort(key=lambda batch: batch[0])
         self._folder.mkdir(parents=True, exist_ok=True)
-        columns: dict[str, Any] = {key: np.concatenate([parts[key] for _, parts in batches]) for key in batches[0][1]}
+        columns = _concatenated([parts for _, parts in batches])
         finite = columns.pop("finite")
         if self._saves:
             with (self._folder / "predictions.csv").open("w", newline="") as table:
@@ -127,9 +130,19 @@ class PredictionWriter(Callback):
             rank_zero_warn(f"{len(lost)} of {len(finite)} {verb} not finite: row {which}")
 
 
+def _concatenated(batches: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """All rows of each column, NaN in those of a batch of which nothing was decoded."""
+    known = {key: column for parts in batches for key, column in parts.items()}
+    full = max(batches, key=len)
+    for parts in batches:
+        none = np.zeros(len(parts["finite"]), bool)
+        parts |= {key: _filled(column[:0], none) for key, column in known.items() if key not in parts}
+    return {key: np.concatenate([parts[key] for parts in batches]) for key in full}
+
+
 def _filled(rows: np.ndarray, given: np.ndarray) -> np.ndarray:
     """The ``given`` rows, in their places, and NaN in the others; integers become floats for it."""
-    if given.all():
+    if given.all() and len(rows) == len(given):
         return rows
     filled = np.full((len(given), *rows.shape[1:]), np.nan, np.result_type(rows, np.float32))
     filled[given] = rows

@@ -27,7 +27,7 @@ from amortized.evaluation.advice import advice
 from amortized.evaluation.budget import Budget
 from amortized.evaluation.float64 import at_least_float32
 from amortized.evaluation.gap import Cases
-from amortized.evaluation.results import _finite, results, worst_rows
+from amortized.evaluation.results import Results, worst_rows
 from amortized.loggers.wandb import attempt, log_results, log_worst
 from amortized.module import AmortizedModule
 from amortized.report.page import page
@@ -76,11 +76,11 @@ class Report(Callback):
         directory = Path(trainer.default_root_dir)
         budget = self.budget.budget if self.budget is not None else None
         told = advice(pl_module, self.gap.solver, self.gap.results)
-        found = results(self.gap.results, budget, self.gap.shifted, told)
         measured = [c for c in trainer.callbacks if isinstance(c, Measurement) and c.results]  # type: ignore[attr-defined]
-        found |= {callback.name: _finite(callback.results) for callback in measured}
+        of_each = {callback.name: callback.results for callback in measured}
+        found = Results.of(self.gap.results, budget, self.gap.evaluations, told, of_each)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+        (directory / "results.json").write_text(json.dumps(found.to_json(), indent=2) + "\n")
         for logger in trainer.loggers:
             logger.save()
         pictures = self._save_pictures(self._pictures(pl_module, budget, directory, measured), directory)
@@ -96,18 +96,18 @@ class Report(Callback):
         self,
         logger: WandbLogger,
         module: AmortizedModule,
-        found: dict[str, Any],
+        found: Results,
         pictures: list[Path],
         html: Path,
         step: int,
     ) -> None:
         gap = self.gap.table.gap
-        log_results(logger, found, pictures, histogram(gap) if gap.isfinite().any() else None, html, step)
+        log_results(logger, found.to_json(), pictures, histogram(gap) if gap.isfinite().any() else None, html, step)
         log_worst(logger, worst_rows(self.gap.worst), self._portraits(module), step)
 
     def _page(
         self,
-        found: dict[str, Any],
+        found: Results,
         pictures: dict[str, Path],
         directory: Path,
         module: AmortizedModule,
@@ -123,7 +123,7 @@ class Report(Callback):
             numbers=[
                 *lines(found, module.objective_name),
                 *(line for c in measured for line in c.lines()),
-                *([("note", found["solver"]["advice"])] if found["solver"]["advice"] else []),
+                *([("note", found.solver.advice)] if found.solver.advice else []),
             ],
             pictures=pictures,
             worst=[

@@ -26,7 +26,7 @@ from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -50,7 +50,7 @@ from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import ProblemError, faults
 from amortized.evaluation.budget import default_rivals
 from amortized.launched import tell_faults
-from amortized.lean import Unprofiled, lean
+from amortized.lightning_private import CommandLine, Unprofiled, lean, log_from_step
 from amortized.loggers.csv import MetricsLogger
 from amortized.loggers.wandb import attempt, finish, log_checkpoint, wandb_logger
 from amortized.module import AmortizedModule
@@ -129,7 +129,7 @@ def recipe_of(text: str) -> dict[str, Any]:
     }
 
 
-class AmortizedCLI(LightningCLI):
+class AmortizedCLI(CommandLine):
     """The command line; see the module's docstring."""
 
     recipe = ""
@@ -188,7 +188,7 @@ class AmortizedCLI(LightningCLI):
         if command is None:
             print(top_help(), end="")
         else:
-            print(help_text(command, self._parser(command).format_help(), recipes(), *topics), end="")
+            print(help_text(command, self.parser_of(command).format_help(), recipes(), *topics), end="")
         raise SystemExit(0)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -232,8 +232,8 @@ class AmortizedCLI(LightningCLI):
             "--wandb_artifact", type=bool, default=False, help="Log the last checkpoint there as an artifact."
         )
 
-    def _parse_ckpt_path(self) -> None:
-        """Find, read and check the checkpoint before anything is built (Lightning would let it override the settings)."""
+    def read_checkpoint(self) -> None:
+        """Find, read and check the checkpoint before anything is built."""
         command = self.config.subcommand
         settings = self.config[command]
         given = settings.get("ckpt_path")
@@ -280,7 +280,7 @@ class AmortizedCLI(LightningCLI):
     def _check_recipe(self, path: Path, loaded: dict[str, Any]) -> None:
         """Refuse a checkpoint whose settings disagree with those of this command."""
         command = self.config.subcommand
-        given = recipe_of(self._parser(command).dump(self.config[command], skip_unset=False))
+        given = recipe_of(self.parser_of(command).dump(self.config[command], skip_unset=False))
         saved = loaded.get(checkpoint.RECIPE)
         if not isinstance(saved, dict) or not all(
             isinstance(saved.get(part), dict) and isinstance(saved[part].get("class_path"), str)
@@ -467,15 +467,15 @@ class AmortizedCLI(LightningCLI):
         os.environ[RUN] = str(folder)
         return folder
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        settings = self.config_init[subcommand]
+    def run_command(self, command: str) -> None:
+        settings = self.config_init[command]
         if settings["ckpt_path"] == UNTRAINED:
             settings["ckpt_path"] = None
         for number in STOPS:
             signal.signal(number, self._interrupt)
         exit_code: Any = 1
         try:
-            super()._run_subcommand(subcommand)
+            super().run_command(command)
             exit_code = 0
         except ProcessExitedException as error:
             exit_code = error.exit_code
@@ -498,7 +498,9 @@ class AmortizedCLI(LightningCLI):
 
     def _sizes(self) -> str:
         """What was asked for that takes memory."""
-        settings = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
+        settings = yaml.safe_load(
+            self.parser_of(str(self.subcommand)).dump(self.config[self.subcommand], skip_unset=False)
+        )
         data = settings["data"].get("init_args", {})
         asked = {f"data.{name}": data.get(name) for name in ("batch_size", "eval_batch_size")}
         asked["budget.contexts"] = settings["budget"]["contexts"]
@@ -525,7 +527,7 @@ class AmortizedCLI(LightningCLI):
         if steps == 0:  # they were made in forked processes
             steps = last.step
         # One less, where all steps were made before the run resumed.
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = steps
+        log_from_step(self.trainer, steps)
         # Under SLURM Lightning would take the weights of a requeue checkpoint that it wrote itself, however old.
         weights = last.path if SLURMEnvironment.detect() else None
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=weights, verbose=False)
@@ -538,7 +540,7 @@ class AmortizedCLI(LightningCLI):
 def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:
     """Every setting of the run, as plain values."""
     command = str(cli.subcommand)
-    settings: dict[str, Any] = yaml.safe_load(cli._parser(command).dump(cli.config[command], skip_unset=False))
+    settings: dict[str, Any] = yaml.safe_load(cli.parser_of(command).dump(cli.config[command], skip_unset=False))
     return settings
 
 

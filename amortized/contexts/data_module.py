@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
@@ -34,8 +34,15 @@ from amortized.contract import (
 )
 from amortized.contract.faults import describe
 
-_SHIFTED = "shifted "  # opens the name of a split of the shifted contexts
 _DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+def evaluation_names(trainer: Trainer) -> list[str]:
+    """What the sets are called that a Trainer evaluates now: ``""`` is the data's own, then its ``evaluations``."""
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    count = len(loaders) if isinstance(loaders, list | tuple) else 1
+    named = getattr(getattr(trainer, "datamodule", None), "evaluations", {})
+    return ["", *(named if len(named) == count - 1 else map(str, range(1, count)))]
 
 
 def data_roots() -> list[Path]:
@@ -76,9 +83,10 @@ class ContextDataModule(LightningDataModule):
         num_workers: loader processes, which draw on the CPU; 0 draws on the training device.
         predict: a file of contexts to predict solutions for, see :func:`~amortized.contexts.files.load_contexts`; ``None``:
             the test contexts.
-        shifted: other contexts of the same kind, a data module of its own, whose test contexts a test measures too (and a
-            ``validate`` its validation contexts): how the model generalises. With the same seed, and as many, they differ from
-            the unshifted ones in their distribution alone. Of its settings those that say what its contexts are count.
+        evaluations: further sets of contexts of the same kind by name (``shifted``, ``large``), each a data module of its own,
+            whose test contexts a test measures too (and a ``validate`` its validation contexts): how the model generalises.
+            With the same seed, and as many, they differ from the data's own in their distribution alone. Of their settings
+            those that say what the contexts are count.
     """
 
     def __init__(
@@ -91,7 +99,7 @@ class ContextDataModule(LightningDataModule):
         batches_per_step: int = 1,
         num_workers: int = 0,
         predict: str | None = None,
-        shifted: ContextDataModule | None = None,
+        evaluations: dict[str, ContextDataModule] | None = None,
     ) -> None:
         super().__init__()
         for name in ("batch_size", "num_val", "num_test", "eval_batch_size", "batches_per_step"):
@@ -103,13 +111,16 @@ class ContextDataModule(LightningDataModule):
             raise ValueError(f"data.seed: {error}") from None
         self.batch_size, self.eval_batch_size, self.batches_per_step = batch_size, eval_batch_size, batches_per_step
         self.num_rows = {"val": num_val, "test": num_test}
-        self.num_workers, self.predict, self.shifted = num_workers, predict, shifted
+        self.num_workers, self.predict = num_workers, predict
+        self.evaluations = evaluations or {}
+        if wrong := [name for name in self.evaluations if not name.isidentifier()]:
+            raise ValueError(f"data.evaluations: {wrong[0]!r} is no name; a name has letters, digits and _ alone")
         self.position = 0
         self.fit_needs: tuple[str, ...] = ("train", "val")
         self._finite: dict[str, Context | Dataset | None] = {}
         self._order: tuple[int, Tensor] | None = None
 
-    free_to_resume: tuple[str, ...] = ("num_workers", "num_test", "eval_batch_size", "predict", "shifted")
+    free_to_resume: tuple[str, ...] = ("num_workers", "num_test", "eval_batch_size", "predict", "evaluations")
     """Settings that leave training what it is, so that a run may go on with others."""
 
     # ---- what a subclass writes
@@ -193,9 +204,9 @@ class ContextDataModule(LightningDataModule):
 
     def _set(self, split: str) -> Context | Dataset | None:
         if split not in self._finite:
-            if split.startswith(_SHIFTED):
-                assert self.shifted is not None
-                self._finite[split] = self.shifted._set(split.removeprefix(_SHIFTED))
+            if " " in split:
+                name, own = split.split()
+                self._finite[split] = self.evaluations[name]._set(own)
             elif split != "predict":
                 self._finite[split] = self._checked(split)
             elif self.predict is None:
@@ -281,8 +292,8 @@ class ContextDataModule(LightningDataModule):
     # ---- Lightning
 
     def prepare_data(self) -> None:
-        if self.shifted is not None:
-            self.shifted.prepare_data()
+        for data in self.evaluations.values():
+            data.prepare_data()
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -291,8 +302,8 @@ class ContextDataModule(LightningDataModule):
                 loader = f"{split}_dataloader"
                 if getattr(type(self), loader) is getattr(ContextDataModule, loader) and self._set(split) is None:
                     self.check_sample()
-        if self.shifted is not None:
-            self.shifted.setup(stage)
+        for data in self.evaluations.values():
+            data.setup(stage)
 
     def _deal(self, split: str) -> Any:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -316,15 +327,15 @@ class ContextDataModule(LightningDataModule):
         return self._deal("train")
 
     def val_dataloader(self) -> Any:
-        return self._with_shifted("val")
+        return self._with_evaluations("val")
 
     def test_dataloader(self) -> Any:
-        return self._with_shifted("test")
+        return self._with_evaluations("test")
 
-    def _with_shifted(self, split: str) -> Any:
-        if self.shifted is None or (self.trainer is not None and self.trainer.state.fn == "fit"):
+    def _with_evaluations(self, split: str) -> Any:
+        if not self.evaluations or (self.trainer is not None and self.trainer.state.fn == "fit"):
             return self._deal(split)
-        return [self._deal(split), self._deal(_SHIFTED + split)]
+        return [self._deal(split), *(self._deal(f"{name} {split}") for name in self.evaluations)]
 
     def predict_dataloader(self) -> Any:
         return self._deal("predict")
@@ -349,7 +360,7 @@ class ContextDataModule(LightningDataModule):
         if split == "train":
             world = self.trainer.world_size
             self.position = (number - self.trainer.global_rank + world) * self.batches_per_step
-        start_draws(stream_seed(self.seed, f"{split.removeprefix(_SHIFTED)} noise", number), device)
+        start_draws(stream_seed(self.seed, f"{split.split()[-1]} noise", number), device)
         return contexts if len(contexts) > 1 else contexts[0]
 
     def _each(self, split: str, number: int, batch: Callable[..., Any], device: torch.device | str) -> list[Any]:

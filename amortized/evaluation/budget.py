@@ -139,7 +139,7 @@ class Budget(NamedTuple):
         return torch.where(cold.isinf() & warm.isinf(), 0.0, cold - warm)
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of ``results.json``, as :func:`~amortized.evaluation.results.results` explains them."""
+        """The numbers of ``results.json``, as :class:`~amortized.evaluation.results.Time` explains them."""
 
         def never(x: Tensor) -> float:
             return float(x.isinf().double().mean())

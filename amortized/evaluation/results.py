@@ -1,82 +1,187 @@
-"""What a run found: the groups of ``results.json``."""
+"""What a run found: ``results.json`` as a dataclass, each of its groups another."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from amortized.evaluation.budget import Budget
 from amortized.evaluation.gap import Cases
 
-NOT_MEASURED: dict[str, Any] = dict.fromkeys(
-    (
-        *("network", "solver", "equal_quality_ratio", "contexts", "rival"),
-        *("not_finite", "row_ratio_median", "row_ratio_p95", "rows_never_reached"),
-        *("warm_rival", "tolerance", "evaluations_cold", "evaluations_warm", "evaluations_saved"),
-        *("rows_never_solved_cold", "rows_never_solved_warm"),
-    )
-)
-"""``time`` in ``results.json`` where there was no budget."""
+
+@dataclass(frozen=True)
+class Objective:
+    """The mean objectives, in the objective's unit; ``None`` (``null``) where no row was finite."""
+
+    network: float | None
+    solver: float | None
 
 
-def results(
-    gap: dict[str, float], budget: Budget | None, shifted: dict[str, float] | None = None, advice: str | None = None
-) -> dict[str, Any]:
-    """The content of ``results.json``: groups of numbers, each of which has all of its keys.
+@dataclass(frozen=True)
+class Gap:
+    """The amortization gap over the contexts, in the objective's unit; ``None`` where no row was finite."""
 
-    ``objective``: ``network`` and ``solver``, the mean objectives, in the objective's unit.
+    mean: float | None
+    median: float | None
+    p95: float | None
+    relative: float | None
+    """A fraction of the solver's objective; ``None`` where that is about zero."""
+    stderr: float | None
+    """Of the mean."""
+    noise: float | None
+    """The part of ``stderr`` that is due to the draws of a random objective."""
+    rounding: float | None
+    """What the gap can be off by, of the precision of the evaluation."""
 
-    ``gap``: ``mean``, ``median``, ``p95`` and ``stderr`` (of the mean) in the objective's unit; ``relative``, a fraction,
-    ``null`` where the solver's objective is about zero; ``noise``, the part of ``stderr`` that is due to the draws of a random
-    objective; ``rounding``, what the gap can be off by, of the precision of the evaluation.
 
-    ``rows``: ``total``, a count; ``converged``, ``diverged``, ``lost`` and ``unbounded``, fractions of it, as in
-    :class:`~amortized.evaluation.metric.AmortizationGap`.
+@dataclass(frozen=True)
+class Rows:
+    """What became of the rows: a count, and fractions of it as in :class:`~amortized.evaluation.metric.AmortizationGap`."""
 
-    ``time``, all of it ``null`` where it was not measured, on the first contexts of the test in one batch:
+    total: int
+    converged: float
+    diverged: float
+    lost: float
+    unbounded: float
 
-    * ``contexts``: how many; ``not_finite``: the fraction of them left out of the means, since a side is not finite there;
-    * ``network``: seconds of a forward pass; ``solver``: of the whole run of ``rival``, the cold-started solver that was
-      first to reach the network's mean objective;
-    * ``equal_quality_ratio``: when it did, over ``network``; ``row_ratio_median`` and ``row_ratio_p95``: the same for each
-      row's own objective; ``rows_never_reached``: the fraction of rows on which it never did;
-    * ``warm_rival``: the solver by which the prediction is judged as a warm start, the one that solves most rows from the
-      cold start; a row is solved when it lacks at most ``tolerance`` of what the cold start lacks;
-    * ``evaluations_cold`` and ``evaluations_warm``: that it takes, median over rows; ``evaluations_saved``: their
-      difference row by row, its median; ``rows_never_solved_cold`` and ``rows_never_solved_warm``: fractions of rows.
 
-    ``decomposition``, only where the problem declares its optimum: ``total``, ``amortization``, ``solver`` and
-    ``approximation``, each with ``*_stderr``, in the objective's unit: see :func:`~amortized.evaluation.metric.decomposition`.
+@dataclass(frozen=True)
+class Time:
+    """The first contexts of the test, in one batch; all ``None`` where there was no budget.
 
-    ``shifted``, only where the data have shifted contexts: ``objective``, ``gap``, ``rows`` (and ``decomposition``) of those.
-
-    ``solver``: ``advice``, what to change first about the measurement, in one line, or ``null``: see
-    :func:`~amortized.evaluation.advice.advice`.
-
-    What is not finite is ``null``: a mean without a finite row; a median that is infinite, as half of the rows never got there.
+    A row is *solved* when it lacks at most ``tolerance`` of what the cold start lacks. A median is ``None`` where half of the
+    rows never got there.
     """
-    timed = NOT_MEASURED if budget is None else budget.summary()
-    found: dict[str, Any] = {**_measured(gap), "time": _finite(timed), "solver": {"advice": advice}}
-    return found | ({"shifted": _measured(shifted)} if shifted else {})
+
+    network: float | None = None
+    """Seconds of a forward pass."""
+    solver: float | None = None
+    """Seconds of the whole run of ``rival``."""
+    equal_quality_ratio: float | None = None
+    """When ``rival`` reached the network's mean objective, over ``network``."""
+    contexts: int | None = None
+    rival: str | None = None
+    """The cold-started solver that was first to reach the network's mean objective."""
+    not_finite: float | None = None
+    """The fraction of contexts left out of the means, since a side is not finite there."""
+    row_ratio_median: float | None = None
+    """As ``equal_quality_ratio``, for each row's own objective."""
+    row_ratio_p95: float | None = None
+    rows_never_reached: float | None = None
+    """The fraction of rows on which it never did."""
+    warm_rival: str | None = None
+    """The solver by which the prediction is judged as a warm start, the one that solves most rows from the cold start."""
+    tolerance: float | None = None
+    evaluations_cold: float | None = None
+    """Evaluations until a row is solved, median over rows."""
+    evaluations_warm: float | None = None
+    evaluations_saved: float | None = None
+    """The difference of the two row by row, its median."""
+    rows_never_solved_cold: float | None = None
+    rows_never_solved_warm: float | None = None
 
 
-def _measured(gap: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """The groups of ``results.json`` that one set of contexts has."""
-    groups = {
-        "objective": {"network": gap["network"], "solver": gap["reference"]},
-        "gap": {name: gap[name] for name in ("mean", "median", "p95", "relative", "stderr", "noise", "rounding")},
-        "rows": {
-            "total": int(gap["total"]),
-            **{name: gap[name] for name in ("converged", "diverged", "lost", "unbounded")},
-        },
-        "decomposition": {
-            k.removeprefix("decomposition/"): v for k, v in gap.items() if k.startswith("decomposition/")
-        },
-    }
-    return {name: _finite(group) for name, group in groups.items() if group}
+@dataclass(frozen=True)
+class SolverUsed:
+    """The solver that the gap was measured with."""
+
+    advice: str | None
+    """What to change first about the measurement: see :func:`~amortized.evaluation.advice.advice`."""
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one set of contexts."""
+
+    objective: Objective
+    gap: Gap
+    rows: Rows
+    decomposition: dict[str, float | None] | None
+    """Only where the problem declares its optimum: ``total``, ``amortization``, ``solver`` and ``approximation``, each with
+    ``*_stderr``, in the objective's unit: see :func:`~amortized.evaluation.metric.decomposition`."""
+
+    @staticmethod
+    def groups(statistics: dict[str, float]) -> dict[str, Any]:
+        """The fields, from the statistics of :class:`~amortized.evaluation.metric.AmortizationGap`."""
+        found = finite(statistics)
+        rows: dict[str, Any] = {f.name: statistics[f.name] for f in dataclasses.fields(Rows)}
+        terms = {k.removeprefix("decomposition/"): v for k, v in found.items() if k.startswith("decomposition/")}
+        return {
+            "objective": Objective(network=found["network"], solver=found["reference"]),
+            "gap": Gap(**{f.name: found[f.name] for f in dataclasses.fields(Gap)}),
+            "rows": Rows(**rows | {"total": int(rows["total"])}),
+            "decomposition": terms or None,
+        }
+
+    @staticmethod
+    def read(found: dict[str, Any]) -> dict[str, Any]:
+        """The fields, from their groups in ``results.json``."""
+        kinds = {"objective": Objective, "gap": Gap, "rows": Rows}
+        return {name: kind(**found[name]) for name, kind in kinds.items()} | {
+            "decomposition": found.get("decomposition")
+        }
+
+
+@dataclass(frozen=True)
+class Results(Evaluation):
+    """The content of ``results.json``: a group of numbers for each field; a field that is ``None`` or empty is left out."""
+
+    time: Time
+    solver: SolverUsed
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    """The same on each further set of contexts, by its name in ``data.evaluations``. One named ``shifted`` stands at the top
+    level too, where it was before sets had names."""
+    measurements: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What callbacks of the user's own measured, each a group of the name it has."""
+
+    @classmethod
+    def of(
+        cls,
+        statistics: dict[str, float],
+        budget: Budget | None = None,
+        evaluations: dict[str, dict[str, float]] | None = None,
+        advice: str | None = None,
+        measurements: dict[str, dict[str, Any]] | None = None,
+    ) -> Results:
+        """From the statistics of the gap, those on each further set of contexts, and what else was measured."""
+        return cls(
+            **cls.groups(statistics),
+            time=Time(**finite(budget.summary())) if budget is not None else Time(),
+            solver=SolverUsed(advice),
+            evaluations={name: Evaluation(**cls.groups(s)) for name, s in (evaluations or {}).items()},
+            measurements={name: finite(values) for name, values in (measurements or {}).items()},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Groups by name, of plain numbers and texts."""
+        found = _present(dataclasses.asdict(self))
+        if "evaluations" in found:
+            found["evaluations"] = {name: _present(groups) for name, groups in found["evaluations"].items()}
+            found |= {name: groups for name, groups in found["evaluations"].items() if name == "shifted"}
+        return found | found.pop("measurements", {})
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Results:
+        """What :meth:`to_json` gave."""
+        evaluations = found.get("evaluations", {})
+        own = {f.name for f in dataclasses.fields(cls)} | ({"shifted"} & set(evaluations))
+        return cls(
+            **cls.read(found),
+            time=Time(**found["time"]),
+            solver=SolverUsed(**found["solver"]),
+            evaluations={name: Evaluation(**cls.read(groups)) for name, groups in evaluations.items()},
+            measurements={name: group for name, group in found.items() if name not in own},
+        )
+
+
+def _present(groups: dict[str, Any]) -> dict[str, Any]:
+    return {name: group for name, group in groups.items() if group}
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, ``None`` for a number that is not finite."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+
+from amortized.evaluation.results import Results
 
 
-def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
-    """``results`` for a person to read: labels and values."""
-    o, g, r, t = (found[group] for group in ("objective", "gap", "rows", "time"))
+def lines(found: Results, objective: str) -> list[tuple[str, str]]:
+    """Results for a person to read: labels and values."""
+    o, g, r, t = found.objective, found.gap, found.rows, found.time
     rows = [
-        (f"{objective}, network", _number(o["network"])),
-        (f"{objective}, solver", _number(o["solver"])),
-        ("amortization gap, mean ± standard error", f"{_number(g['mean'])} ± {_number(g['stderr'])}"),
-        ("                  median", _number(g["median"])),
-        ("                  95th percentile", _number(g["p95"])),
-        *([("                  relative", _relative(g["relative"]))] if g["relative"] is not None else []),
-        ("rows converged", f"{r['converged']:.1%}"),
-        ("rows diverged", f"{r['diverged']:.1%}"),
-        ("rows where the cold solver lost to the network", f"{r['lost']:.1%}"),
+        (f"{objective}, network", _number(o.network)),
+        (f"{objective}, solver", _number(o.solver)),
+        ("amortization gap, mean ± standard error", f"{_number(g.mean)} ± {_number(g.stderr)}"),
+        ("                  median", _number(g.median)),
+        ("                  95th percentile", _number(g.p95)),
+        *([("                  relative", _relative(g.relative))] if g.relative is not None else []),
+        ("rows converged", f"{r.converged:.1%}"),
+        ("rows diverged", f"{r.diverged:.1%}"),
+        ("rows where the cold solver lost to the network", f"{r.lost:.1%}"),
     ]
-    if g["noise"]:
-        rows.insert(3, ("                  of that error, noise of the draws", _number(g["noise"])))
-    if d := found.get("decomposition"):
+    if g.noise:
+        rows.insert(3, ("                  of that error, noise of the draws", _number(g.noise)))
+    if d := found.decomposition:
         rows += [
             (label, f"{_number(d[term])} ± {_number(d[f'{term}_stderr'])}")
             for label, term in (
@@ -33,50 +34,43 @@ def lines(found: dict[str, Any], objective: str) -> list[tuple[str, str]]:
                 ("    + approximation, of the family of solutions", "approximation"),
             )
         ]
-    if s := found.get("shifted"):
-        o, g, counts = (s[group] for group in ("objective", "gap", "rows"))
+    for name, e in found.evaluations.items():
         rows += [
-            (f"on {counts['total']} shifted contexts: {objective}, network", _number(o["network"])),
-            ("    amortization gap, mean ± standard error", f"{_number(g['mean'])} ± {_number(g['stderr'])}"),
-            (
-                "    rows converged, diverged, lost",
-                " ".join(f"{counts[k]:.1%}" for k in ("converged", "diverged", "lost")),
-            ),
+            (f"on {e.rows.total} {name} contexts: {objective}, network", _number(e.objective.network)),
+            ("    amortization gap, mean ± standard error", f"{_number(e.gap.mean)} ± {_number(e.gap.stderr)}"),
+            ("    rows converged, diverged, lost", f"{e.rows.converged:.1%} {e.rows.diverged:.1%} {e.rows.lost:.1%}"),
         ]
-    if t["network"] is not None:
-        reached, space = t["equal_quality_ratio"], " " * 4
-        median, p95 = (_ratio(t[key]) for key in ("row_ratio_median", "row_ratio_p95"))
-        cold, warm = (_count(t[key]) for key in ("evaluations_cold", "evaluations_warm"))
+    if t.network is not None and t.solver is not None:
+        reached, space = t.equal_quality_ratio, " " * 4
+        median, p95 = _ratio(t.row_ratio_median), _ratio(t.row_ratio_p95)
+        cold, warm = _count(t.evaluations_cold), _count(t.evaluations_warm)
         rows += [
-            (f"time for {t['contexts']} contexts, network", f"{1e3 * t['network']:.3g} ms"),
-            (f"{space}{t['rival']}, to its end", f"{1e3 * t['solver']:.3g} ms"),
+            (f"time for {t.contexts} contexts, network", f"{1e3 * t.network:.3g} ms"),
+            (f"{space}{t.rival}, to its end", f"{1e3 * t.solver:.3g} ms"),
             (
-                f"{space}{t['rival']}, to the network's quality",
+                f"{space}{t.rival}, to the network's quality",
                 f"{reached:.3g}x the network's" if reached else "never reached",
             ),
             (
                 f"{space}  each row's: median, 95 %, share never",
-                f"{median}, {p95}, {t['rows_never_reached']:.1%}",
+                f"{median}, {p95}, {t.rows_never_reached:.1%}",
             ),
-            (f"evaluations to {t['tolerance']:g} of the best, {t['warm_rival']}: cold, warm", f"{cold}, {warm}"),
+            (f"evaluations to {t.tolerance:g} of the best, {t.warm_rival}: cold, warm", f"{cold}, {warm}"),
             (
                 f"{space}saved by the warm start; unsolved cold, warm",
-                f"{_count(t['evaluations_saved'])}; "
-                f"{t['rows_never_solved_cold']:.1%}, {t['rows_never_solved_warm']:.1%}",
+                f"{_count(t.evaluations_saved)}; {t.rows_never_solved_cold:.1%}, {t.rows_never_solved_warm:.1%}",
             ),
         ]
     return rows
 
 
-def table(
-    found: dict[str, Any], name: str, objective: str, more: Sequence[tuple[str, str]] = (), width: int = 80
-) -> str:
+def table(found: Results, name: str, objective: str, more: Sequence[tuple[str, str]] = (), width: int = 80) -> str:
     """:func:`lines`, and ``more`` of them, under a title, for a terminal of so many columns; a label too long loses its end."""
     heading, rows = title(found, name), [*lines(found, objective), *more]
     width = min(width, max(len(heading), *(len(label) + max(2 + len(value), 20) for label, value in rows)))
     text = [f"{_cut(label, width - len(value) - 2):<{width - len(value)}}{value}" for label, value in rows]
     rule = "─" * width
-    note = textwrap.wrap(f"note: {found['solver']['advice']}", width) if found["solver"]["advice"] else []
+    note = textwrap.wrap(f"note: {found.solver.advice}", width) if found.solver.advice else []
     return "\n".join([_cut(heading, width), rule, *text, rule, *note])
 
 
@@ -84,38 +78,38 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
 
-def title(found: dict[str, Any], name: str) -> str:
+def title(found: Results, name: str) -> str:
     """What the table is of, in one line."""
-    return f"{name}: network against solver on {found['rows']['total']} held-out contexts"
+    return f"{name}: network against solver on {found.rows.total} held-out contexts"
 
 
-def cards(found: dict[str, Any], objective: str) -> list[tuple[str, str, str]]:
+def cards(found: Results, objective: str) -> list[tuple[str, str, str]]:
     """The headline figures: what, value, and what else to know."""
-    o, g, r, t = (found[group] for group in ("objective", "gap", "rows", "time"))
-    relative = f"{_relative(g['relative'])} of the solver's {objective}; " if g["relative"] is not None else ""
+    o, g, r, t = found.objective, found.gap, found.rows, found.time
+    relative = f"{_relative(g.relative)} of the solver's {objective}; " if g.relative is not None else ""
     shown = [
-        ("Amortization gap, mean", _number(g["mean"]), f"± {_number(g['stderr'])}; median {_number(g['median'])}"),
-        ("Mean objective, network", _number(o["network"]), f"{objective}; solver {_number(o['solver'])}"),
+        ("Amortization gap, mean", _number(g.mean), f"± {_number(g.stderr)}; median {_number(g.median)}"),
+        ("Mean objective, network", _number(o.network), f"{objective}; solver {_number(o.solver)}"),
         (
             "Rows converged",
-            f"{r['converged']:.1%}",
-            f"of {r['total']}; {r['diverged']:.1%} diverged, {r['lost']:.1%} lost to the network",
+            f"{r.converged:.1%}",
+            f"of {r.total}; {r.diverged:.1%} diverged, {r.lost:.1%} lost to the network",
         ),
     ]
     shown[0] = (*shown[0][:2], relative + shown[0][2])
-    if t["network"] is not None:
-        reached = t["equal_quality_ratio"]
+    if t.network is not None:
+        reached = t.equal_quality_ratio
         shown += [
             (
                 "Solver, to equal quality",
                 f"{reached:.3g}x" if reached else "never",
-                f"the network's time ({t['rival']}); never on {t['rows_never_reached']:.1%} of rows",
+                f"the network's time ({t.rival}); never on {t.rows_never_reached:.1%} of rows",
             ),
             (
                 "Warm start saves",
-                _count(t["evaluations_saved"]),
-                f"of {_count(t['evaluations_cold'])} evaluations, median over rows ({t['warm_rival']}); "
-                f"{t['rows_never_solved_warm']:.1%} of rows never solved, cold {t['rows_never_solved_cold']:.1%}",
+                _count(t.evaluations_saved),
+                f"of {_count(t.evaluations_cold)} evaluations, median over rows ({t.warm_rival}); "
+                f"{t.rows_never_solved_warm:.1%} of rows never solved, cold {t.rows_never_solved_cold:.1%}",
             ),
         ]
     return shown
