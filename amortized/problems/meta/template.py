@@ -23,6 +23,8 @@ Adapt = Literal["all", "last", "film", "low_rank"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+_WHOLE_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 class Template(nn.Module):
     """``m(b, x)``, the model of each task at its own points: ``(B, P), (B, K, *) -> (B, K, *)``.
@@ -52,7 +54,7 @@ class Template(nn.Module):
     def __init__(self, model: nn.Module, adapt: Adapt = "all", rank: int = 4) -> None:
         super().__init__()
         for name, layer in model.named_modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            if isinstance(layer, _WHOLE_BATCH):
                 raise ValueError(
                     f"Template: {type(layer).__name__} ({name or 'the model'}) mixes the tasks of a batch: write GroupNorm, "
                     "LayerNorm or InstanceNorm"
