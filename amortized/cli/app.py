@@ -48,7 +48,6 @@ from amortized.cli.slurm import requeue
 from amortized.cli.surroundings import any_terminal, say, working_directory_importable
 from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import ProblemError, faults
-from amortized.evaluation.budget import default_rivals
 from amortized.launched import tell_faults
 from amortized.lightning_private import CommandLine, Unprofiled, lean, log_from_step
 from amortized.loggers.csv import MetricsLogger
@@ -372,7 +371,6 @@ class AmortizedCLI(CommandLine):
         plugins = settings["trainer"]["plugins"] or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), checkpoint.WholeCheckpointIO()]
         gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
-        budget.rivals = budget.rivals or default_rivals(gap.solver)
         given = settings["trainer"]["callbacks"] or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if settings["trainer"]["enable_progress_bar"] is not False and not any(

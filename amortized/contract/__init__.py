@@ -5,6 +5,7 @@ row. Contexts ``a`` are a tensor or a ``NamedTuple`` of tensors; solutions ``b``
 """
 
 from amortized.contract.check import check_context, check_objective, check_support
+from amortized.contract.constraints import best_of, better, constrained, feasibility_tol, feasible_value, violation
 from amortized.contract.draws import CommonDraws, draws, is_random, start_draws
 from amortized.contract.error import ProblemError
 from amortized.contract.problem import (
@@ -21,7 +22,7 @@ from amortized.contract.problem import (
     evaluate,
     value_and_grad,
 )
-from amortized.contract.rows import Context, concatenate, leaves, map_leaves, num_rows, rows_where, take
+from amortized.contract.rows import Context, concatenate, leaves, map_leaves, num_rows, row_hashes, rows_where, take
 from amortized.contract.streams import check_seed, stream_seed
 
 __all__ = [
@@ -38,20 +39,27 @@ __all__ = [
     "Projectable",
     "Quadratic",
     "QuadraticProgram",
+    "best_of",
+    "better",
     "check_context",
     "check_objective",
     "check_seed",
     "check_support",
     "concatenate",
+    "constrained",
     "draws",
     "evaluate",
+    "feasibility_tol",
+    "feasible_value",
     "is_random",
     "leaves",
     "map_leaves",
     "num_rows",
+    "row_hashes",
     "rows_where",
     "start_draws",
     "stream_seed",
     "take",
     "value_and_grad",
+    "violation",
 ]

@@ -63,7 +63,7 @@ class Composite(Problem, Protocol):
 
 
 class Projectable(Problem, Protocol):
-    """An objective to be minimized over a set that each row can be projected on."""
+    """An objective to be minimized over a set that each row can be projected on; how far off it is, is the violation."""
 
     def project(self, b: Tensor, a: Context) -> Tensor:
         """The nearest point of the set ``(B, *)``."""
@@ -79,14 +79,19 @@ class LeastSquares(Problem, Protocol):
 
 
 class Constrained(Problem, Protocol):
-    """An objective subject to ``equality(b; a) = 0`` and ``inequality(b; a) ≤ 0``; one of the two may be left out."""
+    """An objective subject to ``equality(b; a) = 0`` and ``inequality(b; a) ≤ 0``; one of the two may be left out.
+
+    A solution counts as feasible while its :func:`~amortized.contract.violation` is at most ``feasibility_tol``, in the
+    constraints' own units: an attribute that the problem may have, 1e-4 where it has none. That holds of a program and of a
+    set with ``project`` too.
+    """
 
     def equality(self, b: Tensor, a: Context) -> Tensor:
-        """``(B, p)``."""
+        """``c(b; a)``, ``(B, p)``: zero where feasible, either sign elsewhere."""
         ...
 
     def inequality(self, b: Tensor, a: Context) -> Tensor:
-        """``(B, m)``."""
+        """``d(b; a)``, ``(B, m)``: at most zero where feasible."""
         ...
 
 

@@ -16,8 +16,11 @@ few unknowns, twice differentiable            :class:`Newton`
 ``update``: a fixed point                     :class:`Anderson`
 ============================================  =====================================================================
 
+:func:`solver_for` chooses by what the problem has.
+
 To refine a prediction inside ``forward``: :class:`LearnedUpdate`, :class:`GradientDescent`, :class:`Adam`,
-:class:`FISTA`, :class:`Anderson`, or the quasi-Newton solvers. For a single problem (B = 1) use
+:class:`FISTA`, :class:`Anderson`, or the quasi-Newton solvers; or any solver at all inside :class:`Implicit`, which
+differentiates where it ends instead of the way there. For a single problem (B = 1) use
 :class:`amortized.solvers.external.SciPy`: a round costs mostly the dispatch of its operations, which only many rows pay
 back. On many rows that are alike and well conditioned, one ``torch.optim.LBFGS`` on the sum of their objectives can be
 as fast; it does not say which rows converged.
@@ -26,6 +29,7 @@ as fast; it does not say which rows converged.
 from amortized.solvers.base import Solution, Solver, Status
 from amortized.solvers.cma_es import CMAES
 from amortized.solvers.engine.gradient import GradientSolver
+from amortized.solvers.implicit import Implicit
 from amortized.solvers.multistart import Exploration, MultiStart
 from amortized.solvers.smooth.adam import Adam
 from amortized.solvers.smooth.bfgs import BFGS
@@ -34,6 +38,7 @@ from amortized.solvers.smooth.gradient_descent import GradientDescent
 from amortized.solvers.smooth.lbfgs import LBFGS
 from amortized.solvers.smooth.learned_update import LearnedUpdate
 from amortized.solvers.smooth.newton import Newton
+from amortized.solvers.structure import solver_for
 from amortized.solvers.structured.admm import ADMM
 from amortized.solvers.structured.augmented_lagrangian import AugmentedLagrangian
 from amortized.solvers.structured.fista import FISTA
@@ -54,6 +59,7 @@ __all__ = [
     "GaussNewton",
     "GradientDescent",
     "GradientSolver",
+    "Implicit",
     "LearnedUpdate",
     "MultiStart",
     "Newton",
@@ -61,5 +67,6 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "solver_for",
     "tune",
 ]

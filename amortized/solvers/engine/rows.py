@@ -184,7 +184,7 @@ class RowSolver(Solver):
         """What runs the rounds."""
         return Engine(self)
 
-    def _solve(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+    def _solve(self, problem: Problem, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
         _keep_pages()
         if trace is not None or isinstance(problem, CommonDraws):
             return self._solve_in_place(problem, a, b, trace)
@@ -195,7 +195,7 @@ class RowSolver(Solver):
         while rounds % self.between(rows) or bool((rows.status == Status.RUNNING).any()):
             rows, rounds = self.advance(problem, a, rows, b.shape), rounds + 1
             if trace is not None:
-                trace(int(rows.evaluations.max()), rows.value)
+                trace(int(rows.evaluations.max()), self.layout.shaped(rows.b, b.shape), rows.value)
         return self._solution(rows[:-1], b.shape)
 
     def _solve_in_chunks(self, problem: Problem, a: Context, b: Tensor) -> Solution:
