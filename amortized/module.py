@@ -144,6 +144,10 @@ class AmortizedModule(LeanModule, abc.ABC):
         """What the model may see of a context; all of it, unless the problem hides a part (a query set, a label)."""
         return a
 
+    def prepare(self, a: Context) -> Context:
+        """What the objective needs of a context, worked out once before solvers search: what shared layers make of images."""
+        return a
+
     def dual(self, a: Context) -> Tensor | None:
         """The multipliers that the model predicts, ``(B, m)``, for solvers started from its prediction; ``None``: it has none."""
         return None
