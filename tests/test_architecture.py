@@ -18,7 +18,7 @@ FLOORS = [
     ["contract", "disk"],
     ["checkpoint"],
     ["solvers", "networks", "contexts", "posteriors"],
-    ["losses", "lightning_private", "finite"],
+    ["losses", "lightning_private", "finite", "certificates"],
     ["launched"],
     ["module"],
     ["evaluation"],

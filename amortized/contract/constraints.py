@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amortized.contract.problem import Problem
+from amortized.contract.problem import Problem, polyhedron
 from amortized.contract.rows import Context
 
 FEASIBILITY_TOL = 1e-4
@@ -15,8 +15,8 @@ FEASIBILITY_TOL = 1e-4
 
 
 def constrained(problem: Problem) -> bool:
-    """Whether a problem has constraints: ``equality``, ``inequality``, ``program`` or ``project``."""
-    return any(hasattr(problem, name) for name in ("equality", "inequality", "program", "project"))
+    """Whether a problem has constraints: ``equality``, ``inequality``, ``program``, ``polyhedron`` or ``project``."""
+    return any(hasattr(problem, name) for name in ("equality", "inequality", "program", "polyhedron", "project"))
 
 
 def feasibility_tol(problem: Problem) -> float:
@@ -28,8 +28,8 @@ def violation(problem: Problem, b: Tensor, a: Context) -> Tensor:
     """How far each row is from meeting its constraints, ``(B,)``, in the constraints' own units; 0 where there are none.
 
     The largest entry of ``|c(b; a)|`` and ``max(d(b; a), 0)`` where the problem has ``equality`` c or ``inequality`` d; else
-    of ``max(A b − upper, lower − A b, 0)`` where it has ``program``; else of ``|b − project(b)|`` where it has that. NaN
-    where a constraint is. Differentiable where the constraints are.
+    of ``max(A b − upper, lower − A b, 0)`` where it has ``program`` or ``polyhedron``; else of ``|b − project(b)|`` where it
+    has that. NaN where a constraint is. Differentiable where the constraints are.
     """
     p: Any = problem
     if not len(b):
@@ -37,8 +37,8 @@ def violation(problem: Problem, b: Tensor, a: Context) -> Tensor:
     if hasattr(p, "equality") or hasattr(p, "inequality"):
         parts = [p.equality(b, a).abs()] if hasattr(p, "equality") else []
         parts += [p.inequality(b, a).clamp(min=0)] if hasattr(p, "inequality") else []
-    elif hasattr(p, "program"):
-        _, _, A, lower, upper = p.program(a)
+    elif hasattr(p, "program") or hasattr(p, "polyhedron"):
+        A, lower, upper = polyhedron(p, a)
         x = b.flatten(1)
         ab = x @ A.mT if A.ndim == 2 else torch.bmm(x.unsqueeze(1), A.mT).squeeze(1)
         parts = [torch.maximum(ab - upper, lower - ab).clamp(min=0)]

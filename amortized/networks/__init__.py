@@ -2,7 +2,7 @@
 
 from amortized.networks.convolutional import ConvDecoder, ConvEncoder
 from amortized.networks.initialization import LearnedInitialization
-from amortized.networks.mlp import MLP
+from amortized.networks.mlp import MLP, ResidualMLP
 from amortized.networks.pretrained import Pretrained
 from amortized.networks.series import Recurrent
 from amortized.networks.sets import DeepSet, SetMoments, SetTransformer
@@ -15,6 +15,7 @@ __all__ = [
     "LearnedInitialization",
     "Pretrained",
     "Recurrent",
+    "ResidualMLP",
     "SetMoments",
     "SetTransformer",
 ]

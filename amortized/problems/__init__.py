@@ -2,6 +2,7 @@
 
 from amortized.contexts.images import Images
 from amortized.problems.classification import Classification, LabelledDigits
+from amortized.problems.constrained import ConvexDC3, DC3Contexts, NonconvexDC3
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
 from amortized.problems.simulation import (
@@ -34,6 +35,8 @@ __all__ = [
     "CloudPotential",
     "CloudTransport",
     "ConditionalFlow",
+    "ConvexDC3",
+    "DC3Contexts",
     "GaussianLinear",
     "GaussianLinearPosterior",
     "GeneratedImages",
@@ -47,6 +50,7 @@ __all__ = [
     "MixtureClouds",
     "LotkaVolterra",
     "NeuralPosterior",
+    "NonconvexDC3",
     "Simulations",
     "Sinusoid",
     "SinusoidContexts",
