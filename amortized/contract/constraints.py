@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amortized.contract.problem import Problem, polyhedron
 from amortized.contract.rows import Context
@@ -16,7 +16,12 @@ FEASIBILITY_TOL = 1e-4
 
 def constrained(problem: Problem) -> bool:
     """Whether a problem has constraints: ``equality``, ``inequality``, ``program``, ``polyhedron`` or ``project``."""
-    return any(hasattr(problem, name) for name in ("equality", "inequality", "program", "polyhedron", "project"))
+    return any(_states(problem, name) for name in ("equality", "inequality", "program", "polyhedron", "project"))
+
+
+def _states(problem: Any, name: str) -> bool:
+    """Whether a problem has such a method; a network of a model that happens to be called so is none."""
+    return hasattr(problem, name) and not isinstance(getattr(problem, name), nn.Module)
 
 
 def feasibility_tol(problem: Problem) -> float:
@@ -34,15 +39,15 @@ def violation(problem: Problem, b: Tensor, a: Context) -> Tensor:
     p: Any = problem
     if not len(b):
         return b.new_zeros(0)
-    if hasattr(p, "equality") or hasattr(p, "inequality"):
-        parts = [p.equality(b, a).abs()] if hasattr(p, "equality") else []
-        parts += [p.inequality(b, a).clamp(min=0)] if hasattr(p, "inequality") else []
-    elif hasattr(p, "program") or hasattr(p, "polyhedron"):
+    if _states(p, "equality") or _states(p, "inequality"):
+        parts = [p.equality(b, a).abs()] if _states(p, "equality") else []
+        parts += [p.inequality(b, a).clamp(min=0)] if _states(p, "inequality") else []
+    elif _states(p, "program") or _states(p, "polyhedron"):
         A, lower, upper = polyhedron(p, a)
         x = b.flatten(1)
         ab = x @ A.mT if A.ndim == 2 else torch.bmm(x.unsqueeze(1), A.mT).squeeze(1)
         parts = [torch.maximum(ab - upper, lower - ab).clamp(min=0)]
-    elif hasattr(p, "project"):
+    elif _states(p, "project"):
         parts = [(b - p.project(b, a)).abs()]
     else:
         return b.new_zeros(len(b))
