@@ -2,6 +2,7 @@
 
 from amortized.networks.convolutional import ConvDecoder, ConvEncoder
 from amortized.networks.initialization import LearnedInitialization
+from amortized.networks.message_passing import MessagePassing
 from amortized.networks.mlp import MLP, ResidualMLP
 from amortized.networks.pretrained import Pretrained
 from amortized.networks.series import Recurrent
@@ -13,6 +14,7 @@ __all__ = [
     "ConvEncoder",
     "DeepSet",
     "LearnedInitialization",
+    "MessagePassing",
     "Pretrained",
     "Recurrent",
     "ResidualMLP",
