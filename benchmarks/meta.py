@@ -1,6 +1,6 @@
 """Meta-learning: methods on one table, and what held-out tasks say of them.
 
-``python -m benchmarks.meta [--quick] [--updates N] [--json FILE]``; ``--pictures docs``
+``python -m benchmarks.meta [--quick] [--only PART ...] [--updates N] [--json FILE]``; ``--pictures docs``
 
 * Sinusoids, 10 points seen: every method trained here for the same number of updates, on the same tasks, 25 an update, AdamW with
   one-cycle rates (0.01 where there is an initialization alone, 0.004 with a hypernetwork; those of the recipes). Mean squared
@@ -247,6 +247,14 @@ def two_processes_apart(module: AmortizedModule, a: Any) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(one, two, strict=True) if x is not None and y is not None)
 
 
+def processes() -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    apart = two_processes_apart(METHODS["MAML"][0](), SinusoidContexts(batch_size=16).batch("train", 0))
+    return [
+        row("gradient of two processes", apart, "largest difference from that of one, MAML, 16 tasks, float64", 1e-6)
+    ]
+
+
 def draw(folder: Path) -> None:
     """The pictures of ``docs/meta_learning.md``, of test tasks."""
     for name, module, data in (
@@ -261,6 +269,7 @@ def draw(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few updates and tasks: whether it runs")
+    parser.add_argument("--only", nargs="+", help="of processes, gp_regression, sinusoids, glyphs, omniglot")
     parser.add_argument("--updates", type=int, default=1500, help="of each method on sinusoids")
     parser.add_argument(
         "--pictures", type=Path, help="only draw the pictures of docs/meta_learning.md, into this folder"
@@ -271,18 +280,19 @@ def main() -> None:
     if args.pictures:
         return draw(args.pictures)
     tasks = 50 if args.quick else 1000
-    torch.manual_seed(0)
-    maml = METHODS["MAML"][0]()
-    apart = two_processes_apart(maml, SinusoidContexts(batch_size=16).batch("train", 0))
-    rows = [
-        row("gradient of two processes", apart, "largest difference from that of one, MAML, 16 tasks, float64", 1e-6)
-    ]
-    rows += gaussian_processes(tasks) + sinusoids(20 if args.quick else args.updates, tasks)
-    for name, data, goal in (("glyphs", Glyphs, None), ("omniglot", Omniglot, 0.93)):
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "processes": processes,
+        "gp_regression": lambda: gaussian_processes(tasks),
+        "sinusoids": lambda: sinusoids(20 if args.quick else args.updates, tasks),
+        "glyphs": lambda: characters("glyphs", Glyphs, tasks, None),
+        "omniglot": lambda: characters("omniglot", Omniglot, tasks, 0.93),
+    }
+    rows = []
+    for name in args.only or parts:
         try:
-            rows += characters(name, data, tasks, goal)
+            rows += parts[name]()
         except ProblemError as error:
-            print(f"left out: {error}")
+            print(f"{name} left out: {error}")
     print(f"\n{'':44}{'value':>10}{'goal':>8}  holds")
     for r in rows:
         goal = "" if r["goal"] is None else f"{r['goal']:g}"
