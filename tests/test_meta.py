@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from amortized.contract import ProblemError, evaluate, take, value_and_grad
+from amortized.contract import ProblemError, evaluate, map_leaves, take, value_and_grad
 from amortized.networks import MLP, ConvBlocks, DeepSet, LearnedInitialization, SetTransformer
 from amortized.problems import (
     FewShotClassification,
@@ -23,7 +23,7 @@ from amortized.problems import (
     Template,
 )
 from amortized.problems.meta import generalization
-from amortized.solvers import LBFGS, GradientDescent
+from amortized.solvers import LBFGS, GradientDescent, Implicit
 
 
 def images(ways=3):
@@ -157,6 +157,27 @@ def test_maml_is_the_gradient_through_the_gradient():
         _, outer = value_and_grad(module, module(a), a)
         expected = outer[0] if unroll == 0 else (torch.eye(2) - 0.01 * hessian) @ outer[0]
         torch.testing.assert_close(module.network.b.grad, expected)
+
+
+def test_imaml_is_the_gradient_of_the_end_whatever_the_way_there():
+    """By hand, for a linear model: the end x* of L_support(x) + |x - b0|^2 / 2 moves with b0 by (H + 1)^-1."""
+    a = map_leaves(Tensor.double, SinusoidContexts(num_val=1, shots=4).contexts("val"))
+    refine = Implicit(LBFGS(200, tol=1e-10), anchor=1.0)
+    module = FewShotRegression(LearnedInitialization(2), Template(nn.Linear(1, 1)), refine=refine).double()
+    module.amortized_step(a).mean().backward()
+    one = torch.stack([a.support_x[0], torch.ones(4).double()], 1)
+    hessian = 2 * one.mT @ one / 4
+    _, outer = value_and_grad(module, module(a).detach(), a)
+    expected = torch.linalg.solve(hessian + torch.eye(2).double(), outer[0])
+    torch.testing.assert_close(module.network.b.grad, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["MAML", "Meta-SGD", "hybrid"])
+def test_two_processes_average_to_the_gradient_of_one(name):
+    from benchmarks.meta import METHODS, two_processes_apart
+
+    torch.manual_seed(0)
+    assert two_processes_apart(METHODS[name][0](), SinusoidContexts(batch_size=8).batch("train", 0)) < 1e-6
 
 
 def test_metasgd_has_a_step_size_for_each_parameter():
