@@ -42,6 +42,7 @@ from amortized.callbacks.progress import ProgressBar
 from amortized.cli.differences import differences, named, same_class, without
 from amortized.cli.errors import UsageError
 from amortized.cli.help_text import COMMANDS, help_text, top_help
+from amortized.cli.next_steps import next_steps
 from amortized.cli.parsing import Parser, cause_of, full_options
 from amortized.cli.recipes import recipes, resolve_recipe
 from amortized.cli.slurm import requeue
@@ -533,6 +534,7 @@ class AmortizedCLI(LightningCLI):
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     attempt(logger, log_checkpoint, logger, last.path)
+        say(next_steps(Path(self.trainer.default_root_dir)))
 
 
 def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:
