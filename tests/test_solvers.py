@@ -145,7 +145,7 @@ def test_rows_are_independent_of_order_and_company(solver: Solver) -> None:
     parts = [solver.solve(Bowl(), Curvature(*(leaf[part] for leaf in a)), b[part]) for part in (slice(3), slice(3, 7))]
     torch.testing.assert_close(torch.cat([part.b for part in parts]), found.b, atol=1e-6, rtol=0)
     again = solver.solve(Bowl(), a, b)
-    assert all(torch.equal(p, q) for p, q in zip(again, found, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(again[:-1], found[:-1], strict=True))
 
 
 @each_solver
@@ -192,7 +192,7 @@ def test_without_gradients(solver: Solver, mode: type) -> None:
         assert not torch.is_grad_enabled()
         refined = list(type(solver)(steps=3).iterates(Bowl(), a, b))
     assert torch.equal(found.b, expected.b)
-    assert not any(leaf.requires_grad or leaf.is_inference() for leaf in found)
+    assert not any(leaf.requires_grad or leaf.is_inference() for leaf in found[:-1])
     assert len(refined) == 3
     assert not any(b.requires_grad for b in refined)
 
@@ -222,7 +222,7 @@ def test_a_random_objective_is_searched_with_its_draws_fixed(solver: Solver) -> 
 def test_trace_counts_evaluations_and_only_improves() -> None:
     a, b = valleys()
     seen: list[tuple[int, Tensor]] = []
-    found = LBFGS().solve(Rosenbrock(), a, b, trace=lambda count, best: seen.append((count, best)))
+    found = LBFGS().solve(Rosenbrock(), a, b, trace=lambda count, b, best: seen.append((count, best)))
     counts = [count for count, _ in seen]
     assert counts == sorted(counts)
     assert counts[-1] == found.evaluations.max()
@@ -410,7 +410,7 @@ def test_pairs_that_wait_are_in_the_matrix_too(problem: Valleys) -> None:
         torch.testing.assert_close(found.b, eager.b, atol=1e-5, rtol=0)
         assert (found.evaluations - eager.evaluations).abs().double().mean() < 1
     traced: list[int] = []
-    found = BFGS(compile=True).solve(problem, a, b, trace=lambda evaluations, value: traced.append(evaluations))
+    found = BFGS(compile=True).solve(problem, a, b, trace=lambda evaluations, b, value: traced.append(evaluations))
     torch.testing.assert_close(found.b, eager.b, atol=1e-5, rtol=0)
     assert max(traced) == found.evaluations.max()
 

@@ -216,14 +216,15 @@ def programs(size: int, rank: int, shared: bool) -> tuple[Programs, QuadraticPro
 def test_admm_certifies_its_optimum(rank: int, shared: bool) -> None:
     problem, a, b = programs(20, rank, shared)
     solver = ADMM(chunk=7)
-    found, y = solver.solve_with_duals(problem, a, b)
+    found = solver.solve(problem, a, b)
+    y = found.dual
     assert found.converged.all()
     proof = solver.certify(problem, a, found.b, y)
     assert (proof.primal < 2e-6).all()
     assert (proof.dual < 2e-6).all()
     assert (proof.gap < 1e-4).all()
     torch.testing.assert_close(found.value, problem.objective(found.b, a))
-    again, _ = solver.solve_with_duals(problem, a, found.b, y)
+    again = solver.solve(problem, a, found.b, dual=y)
     assert (again.evaluations <= 1).all()
 
 
@@ -339,11 +340,11 @@ def test_admm_on_the_programs_of_dc3() -> None:
     problem = DC3()
     a = problem.x[-833:]
     solver = ADMM()
-    found, y = solver.solve_with_duals(problem, a, torch.zeros(833, 100, dtype=D))
+    found = solver.solve(problem, a, torch.zeros(833, 100, dtype=D))
     assert found.converged.all()
     assert found.iterations.max() <= 80
     assert abs(found.value.mean() + 15.05) < 0.01  # the published mean optimum
-    assert solver.certify(problem, a, found.b, y).gap.max() < 1e-3
+    assert solver.certify(problem, a, found.b, found.dual).gap.max() < 1e-3
 
 
 def test_cma_es_needs_no_gradient() -> None:
@@ -393,7 +394,7 @@ def test_multistart_finds_what_one_start_misses() -> None:
     assert (found.share < 0.5).all()
     assert (found.best.evaluations > 100).all()
     seen: list[Tensor] = []
-    MultiStart(LBFGS(), starts=3).solve(Waves(), a, b, trace=lambda count, best: seen.append(best))
+    MultiStart(LBFGS(), starts=3).solve(Waves(), a, b, trace=lambda count, b, best: seen.append(best))
     assert seen[-1].shape == (12,)
 
 
@@ -604,7 +605,7 @@ def test_logistic_regression_as_scikit_learn(solver: Solver) -> None:
 def test_admm_traces_its_objective() -> None:
     problem, a, b = programs(6, 8, shared=True)
     seen: list[tuple[int, Tensor]] = []
-    found = ADMM().solve(problem, a, b, trace=lambda count, best: seen.append((count, best)))
+    found = ADMM().solve(problem, a, b, trace=lambda count, b, best: seen.append((count, best)))
     assert [count for count, _ in seen] == [11 + 10 * i for i in range(len(seen))]
     torch.testing.assert_close(seen[-1][1], found.value)
     torch.testing.assert_close(ADMM().solve(problem, a, b).value, found.value, atol=1e-5, rtol=0)

@@ -14,6 +14,7 @@ GROUPS = {
     "trainer": "Lightning's Trainer: steps, devices, precision, loggers, callbacks",
     "gap": "the amortization gap: its solver and how much time it may take",
     "budget": "what solvers need to reach the network's quality",
+    "certificate": "the bound on what a prediction lacks, calibrated after training",
     "checkpoint": "how often checkpoints are saved and how many are kept",
 }
 """The groups of options, with what they are about."""
@@ -62,6 +63,7 @@ COMMANDS = {
     "validate": "measure a trained model on the validation contexts",
     "test": "measure a trained model on the test contexts, with a report",
     "predict": "write the solutions of given contexts to a file",
+    "solve": "solve any number of contexts, each with a certificate, into a folder of shards",
 }
 STARTING = {
     "list": "the recipes that come with it: what each shows, how long it takes, its gap",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class Composite(Problem, Protocol):
 
 
 class Projectable(Problem, Protocol):
-    """An objective to be minimized over a set that each row can be projected on."""
+    """An objective to be minimized over a set that each row can be projected on; how far off it is, is the violation."""
 
     def project(self, b: Tensor, a: Context) -> Tensor:
         """The nearest point of the set ``(B, *)``."""
@@ -79,14 +79,19 @@ class LeastSquares(Problem, Protocol):
 
 
 class Constrained(Problem, Protocol):
-    """An objective subject to ``equality(b; a) = 0`` and ``inequality(b; a) ≤ 0``; one of the two may be left out."""
+    """An objective subject to ``equality(b; a) = 0`` and ``inequality(b; a) ≤ 0``; one of the two may be left out.
+
+    A solution counts as feasible while its :func:`~amortized.contract.violation` is at most ``feasibility_tol``, in the
+    constraints' own units: an attribute that the problem may have, 1e-4 where it has none. That holds of a program and of a
+    set with ``project`` too.
+    """
 
     def equality(self, b: Tensor, a: Context) -> Tensor:
-        """``(B, p)``."""
+        """``c(b; a)``, ``(B, p)``: zero where feasible, either sign elsewhere."""
         ...
 
     def inequality(self, b: Tensor, a: Context) -> Tensor:
-        """``(B, m)``."""
+        """``d(b; a)``, ``(B, m)``: at most zero where feasible."""
         ...
 
 
@@ -111,6 +116,34 @@ class Quadratic(Problem, Protocol):
     def program(self, a: Context) -> QuadraticProgram:
         """The program of each context."""
         ...
+
+
+class Polyhedron(NamedTuple):
+    """``lower ≤ A b ≤ upper``: equalities have equal bounds, free ones infinite."""
+
+    A: Tensor
+    """``(m, n)`` where all rows share it, else ``(B, m, n)``."""
+    lower: Tensor
+    """``(B, m)``."""
+    upper: Tensor
+    """``(B, m)``."""
+
+
+class LinearlyConstrained(Problem, Protocol):
+    """Any objective, over a polyhedron; a :class:`Quadratic` problem has that of its program."""
+
+    def polyhedron(self, a: Context) -> Polyhedron:
+        """Where the solutions of each context lie."""
+        ...
+
+
+def polyhedron(problem: Any, a: Context) -> Polyhedron:
+    """What a problem's ``polyhedron`` says, or else the constraints of its ``program``."""
+    if hasattr(problem, "polyhedron"):
+        found: Polyhedron = problem.polyhedron(a)
+        return found
+    program: QuadraticProgram = problem.program(a)
+    return Polyhedron(program.A, program.lower, program.upper)
 
 
 class Known(Problem, Protocol):

@@ -11,10 +11,22 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from amortized.contract import CommonDraws, Context, Problem, is_random, leaves, map_leaves, take
+from amortized.contract import (
+    CommonDraws,
+    Context,
+    Problem,
+    is_random,
+    leaves,
+    map_leaves,
+    take,
+    value_and_grad,
+    violation,
+)
 
-Trace: TypeAlias = Callable[[int, Tensor], None]
-"""Called after every round with the number of evaluations so far and the best value of each row ``(B,)``."""
+Trace: TypeAlias = Callable[[int, Tensor, Tensor], None]
+"""Called after every round with the evaluations so far, the best ``b`` of each row ``(B, *)`` and its value ``(B,)``."""
+
+_UNKNOWN = torch.empty(0)
 
 
 class Status(enum.IntEnum):
@@ -47,6 +59,10 @@ class Solution(NamedTuple):
     """Evaluations of the objective (with its gradient where the solver uses one) ``(B,)``, integer."""
     status: Tensor
     """A :class:`Status` for each row ``(B,)``, integer."""
+    violation: Tensor = _UNKNOWN
+    """How far ``b`` is from meeting its constraints ``(B,)``, in their units; :meth:`Solver.solve` sets it."""
+    dual: Tensor | None = None
+    """The multipliers ``(B, m)``, in an order that the solver documents; ``None`` of solvers that have none."""
 
     @property
     def converged(self) -> Tensor:
@@ -67,6 +83,17 @@ class Solution(NamedTuple):
     def diverged(self) -> Tensor:
         """Which rows met a value that is not finite and stopped there ``(B,)``."""
         return self.status == Status.DIVERGED
+
+
+class Optimality(NamedTuple):
+    """What holds where a solver ended: equations ``F(w) = 0``, row by row, which :class:`Implicit` differentiates."""
+
+    equations: Callable[[Tensor], Tensor]
+    """F, ``(B, k) -> (B, k)``, on the graph of all else that the problem sees."""
+    w: Tensor
+    """Their root ``(B, k)``; the first n numbers of a row are its solution's."""
+    adjoint: Callable[[Tensor], Tensor] | None = None
+    """``v -> (∂F/∂w)⁻ᵀ v``, where structure makes that cheap; None leaves it to :class:`Implicit`."""
 
 
 def tolerance(tol: float | None, dtype: torch.dtype) -> float:
@@ -107,7 +134,9 @@ class Solver(nn.Module, abc.ABC):
                 f"{', '.join(missing)} (see amortized.contract); write it, or use LBFGS, which needs only objective."
             )
 
-    def solve(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Solution:
+    def solve(
+        self, problem: Problem, a: Context, b: Tensor, *, dual: Tensor | None = None, trace: Trace | None = None
+    ) -> Solution:
         """The best ``b`` found for each row, from the start ``b`` ``(B, *)``.
 
         Never raises because of a row, never returns a row worse than it started (beyond rounding), and no row
@@ -120,32 +149,44 @@ class Solver(nn.Module, abc.ABC):
             problem: anything with ``objective(b, a) -> (B,)``.
             a: contexts, B rows.
             b: where to start ``(B, *)``, floating point.
-            trace: called after each round with the evaluations so far and the best values ``(B,)``; rows then keep
-                their places.
+            dual: multipliers to start from ``(B, m)``, as in :class:`Solution`; solvers that have none pass it over.
+            trace: called after each round with the evaluations so far, the best ``b`` and their values ``(B,)``; rows then
+                keep their places. With constraints a value means nothing until its ``b`` is feasible.
 
         Raises:
             TypeError: if the problem lacks what the solver needs of it.
-            ValueError: if the objective does not return one value per row, or contexts and starts differ in number.
+            ValueError: if the objective does not return one value per row, or contexts, starts and multipliers differ in
+                number.
         """
-        with self._prepared(problem, a, b) as (problem, a, b):
-            return self._solve(problem, a, b, trace) if len(b) else _nothing(b)
+        with self._prepared(problem, a, b, dual) as (problem, a, b, dual):
+            found = self._solve(problem, a, b, dual, trace) if len(b) else _nothing(b, dual)
+            return found._replace(violation=violation(problem, found.b, a))
 
     @contextmanager
-    def _prepared(self, problem: Problem, a: Context, b: Tensor) -> Iterator[tuple[Problem, Context, Tensor]]:
+    def _prepared(
+        self, problem: Problem, a: Context, b: Tensor, dual: Tensor | None
+    ) -> Iterator[tuple[Problem, Context, Tensor, Tensor | None]]:
         """Checked, with the draws of a random objective fixed; inside, no graph is built, and autograd works."""
         self.require(problem)
         with torch.inference_mode(False), torch.no_grad():
-            a, b = map_leaves(ordinary, a), ordinary(b)
+            a, b, dual = map_leaves(ordinary, a), ordinary(b), None if dual is None else ordinary(dual).to(b.dtype)
             for leaf in leaves(a):
                 if len(leaf) != len(b):
                     raise ValueError(
                         f"got {len(b)} starts and contexts with {len(leaf)} rows; give one start to each context"
                     )
-            yield fixed(problem, b, a), a, b
+            if dual is not None and (dual.ndim != 2 or len(dual) != len(b)):
+                raise ValueError(
+                    f"dual must have one row of multipliers for each start, ({len(b)}, m); got {tuple(dual.shape)}"
+                )
+            yield fixed(problem, b, a), a, b, dual
 
     @abc.abstractmethod
-    def _solve(self, problem: Any, a: Context, b: Tensor, trace: Trace | None) -> Solution:
-        """As :meth:`solve`, of one row at least; a random ``problem`` is in :class:`~amortized.contract.CommonDraws`."""
+    def _solve(self, problem: Any, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
+        """As :meth:`solve`, of one row at least; a random ``problem`` is in :class:`~amortized.contract.CommonDraws`.
+
+        The violation is left to :meth:`solve`.
+        """
 
     def iterates(self, problem: Problem, a: Context, b: Tensor) -> Iterator[Tensor]:
         """The ``steps`` iterates after ``b``, each ``(B, *)``; nothing is stopped early, no row is dropped.
@@ -176,6 +217,14 @@ class Solver(nn.Module, abc.ABC):
             "use GradientDescent, Adam or LBFGS there."
         )
 
+    def optimality(self, problem: Any, a: Context, found: Solution) -> Optimality:
+        """The equations that hold where the solver ended: here, that the objective's gradient is zero."""
+
+        def gradient(w: Tensor) -> Tensor:
+            return value_and_grad(problem, w.view_as(found.b), a, create_graph=True)[1].flatten(1)
+
+        return Optimality(gradient, found.b.flatten(1))
+
 
 def size(value: Tensor, residual: Tensor) -> Tensor:
     """``min(1, max(|L|, ‖∇L‖))`` of each row ``(B,)``: what tolerances on gradients are relative to."""
@@ -203,6 +252,6 @@ def ordinary(x: Tensor) -> Tensor:
     return x.detach().clone() if x.is_inference() else x.detach()
 
 
-def _nothing(b: Tensor) -> Solution:
+def _nothing(b: Tensor, dual: Tensor | None) -> Solution:
     value, count = b.new_empty(0), torch.empty(0, dtype=torch.int64, device=b.device)
-    return Solution(b, value, value.clone(), count, count.clone(), count.clone())
+    return Solution(b, value, value.clone(), count, count.clone(), count.clone(), dual=dual)

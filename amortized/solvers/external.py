@@ -40,7 +40,7 @@ class SciPy(Solver):
         super().__init__(steps, tol)
         self.method = method
 
-    def _solve(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+    def _solve(self, problem: Problem, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
         """As :meth:`Solver.solve`; ``trace`` is called once, at the end."""
         optimize = _module("scipy.optimize", "scipy")
         value, grad = value_and_grad(problem, b, a)
@@ -96,7 +96,7 @@ class QPSolver(Solver):
         super().__init__(1, tol)
         self.name = name
 
-    def _solve(self, problem: Any, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+    def _solve(self, problem: Any, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
         """As :meth:`Solver.solve`, except that the start is not used; ``trace`` is called once, at the end."""
         qpsolvers, sparse = _module("qpsolvers", "qpsolvers"), _module("scipy.sparse", "scipy")
         rows = []
@@ -128,5 +128,5 @@ def _gather(rows: list[tuple[Any, ...]], b: Tensor, trace: Trace | None) -> Solu
     whole = [torch.tensor(x, dtype=torch.int64, device=b.device) for x in (iterations, evaluations, statuses)]
     found = Solution(torch.cat(points), b.new_tensor(values), b.new_tensor(residuals), *whole)
     if trace is not None:
-        trace(int(found.evaluations.max()), found.value)
+        trace(int(found.evaluations.max()), found.b, found.value)
     return found

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amortized.contract import Context, Problem, map_leaves
-from amortized.solvers.base import Solution, Solver, Status, Trace
+from amortized.contract import Context, Problem, best_of, feasibility_tol, map_leaves, violation
+from amortized.solvers.base import Optimality, Solution, Solver, Status, Trace
 
 
 class Exploration(NamedTuple):
@@ -19,14 +19,15 @@ class Exploration(NamedTuple):
     share: Tensor
     """The share of a row's starts that reached the best value ``(B,)``; small: more starts may find better."""
     values: Tensor
-    """``(B, starts)``; infinite where a start diverged with nothing to show."""
+    """``(B, starts)``; infinite where a start diverged with nothing to show, or is infeasible while another is not."""
 
 
 class MultiStart(Solver):
     """The best of several starts of another solver, all run as rows of one batch.
 
     The first start is the one given, the others are drawn around it with torch's generator, normally distributed. The
-    best value among those that ended finite wins. :meth:`explore` says also how many starts reached it.
+    best among those that ended finite wins: the lowest value, with constraints among the feasible. :meth:`explore` says also
+    how many starts reached it.
 
     Args:
         solver: runs from each start.
@@ -59,33 +60,51 @@ class MultiStart(Solver):
         """As :meth:`Solver.require`: what the solver needs."""
         self.solver.require(problem)
 
-    def explore(self, problem: Problem, a: Context, b: Tensor, *, trace: Trace | None = None) -> Exploration:
-        """The best of all starts, and what became of the others."""
-        with self._prepared(problem, a, b) as (problem, a, b):
-            return self._explore(problem, a, b, trace)
+    def explore(
+        self, problem: Problem, a: Context, b: Tensor, *, dual: Tensor | None = None, trace: Trace | None = None
+    ) -> Exploration:
+        """The best of all starts, and what became of the others; ``dual`` is that of the start given, all begin with it."""
+        with self._prepared(problem, a, b, dual) as (problem, a, b, dual):
+            return self._explore(problem, a, b, dual, trace)
 
-    def _solve(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+    def _solve(self, problem: Problem, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
         """As :meth:`Solver.solve`: the best of all starts."""
-        return self._explore(problem, a, b, trace).best
+        return self._explore(problem, a, b, dual, trace).best
 
-    def _explore(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Exploration:
+    def _explore(
+        self, problem: Problem, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None
+    ) -> Exploration:
+        tol = feasibility_tol(problem)
         size, count = len(b), self.starts
         around = b.unsqueeze(1) + self.spread * torch.randn((size, count, *b.shape[1:]), dtype=b.dtype, device=b.device)
         around[:, 0] = b
         many = map_leaves(lambda leaf: leaf.repeat_interleave(count, 0), a)
-        if trace is None:
-            inner = None
-        else:
 
-            def inner(evaluations: int, best: Tensor) -> None:
-                trace(evaluations * count, best.view(size, count).amin(1))
+        def chosen(value: Tensor, off: Tensor) -> Tensor:
+            """The number of each row's best start among all."""
+            value = torch.where(value.isfinite(), value, torch.inf).view(size, count)
+            return best_of(value, off.view(size, count), tol) + count * torch.arange(size, device=b.device)
 
-        found = self.solver.solve(problem, many, around.flatten(0, 1), trace=inner)
-        values = torch.where(found.value.isfinite(), found.value, torch.inf).view(size, count)
-        least, which = values.min(1) if size else (values.new_empty(0), found.status)
-        rows = which + count * torch.arange(size, device=b.device)
-        best = Solution(*(leaf[rows] for leaf in found))
+        def inner(evaluations: int, best: Tensor, value: Tensor) -> None:
+            if trace is not None:
+                rows = chosen(value, violation(problem, best, many))
+                trace(evaluations * count, best[rows], value[rows])
+
+        found = self.solver.solve(
+            problem, many, around.flatten(0, 1), dual=None if dual is None else dual.repeat_interleave(count, 0),
+            trace=None if trace is None else inner,
+        )  # fmt: skip
+        rows = chosen(found.value, found.violation)
+        best = Solution(*(None if leaf is None else leaf[rows] for leaf in found))  # type: ignore[arg-type]
         best = best._replace(evaluations=found.evaluations.view(size, count).sum(1))
+        feasible = (found.violation <= tol).view(size, count)
+        comparable = found.value.isfinite().view(size, count) & (feasible | ~feasible.any(1, keepdim=True))
+        values = torch.where(comparable, found.value.view(size, count), torch.inf)
+        least = torch.where(best.value.isfinite(), best.value, torch.inf)
         unit = values.abs().nan_to_num(posinf=0).amax(1).clamp(max=1) if len(b) else least
         share = (values <= (least + self.match * (unit + least.abs())).unsqueeze(1)).to(b.dtype).mean(1)
         return Exploration(best, torch.where(best.status == int(Status.DIVERGED), 0, share), values)
+
+    def optimality(self, problem: Any, a: Context, found: Solution) -> Optimality:
+        """As :meth:`Solver.optimality`: the solver's own."""
+        return self.solver.optimality(problem, a, found)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Layout(NamedTuple):
 
     def flat(self, b: Tensor) -> Tensor:
         """Solutions ``(L, *)`` as rows of the state."""
-        flat = b.reshape(len(b), -1)
+        flat = b.reshape(len(b), math.prod(b.shape[1:]))
         return flat.t().contiguous() if self.axis else flat
 
     def shaped(self, rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -183,7 +184,7 @@ class RowSolver(Solver):
         """What runs the rounds."""
         return Engine(self)
 
-    def _solve(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+    def _solve(self, problem: Problem, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
         _keep_pages()
         if trace is not None or isinstance(problem, CommonDraws):
             return self._solve_in_place(problem, a, b, trace)
@@ -194,7 +195,7 @@ class RowSolver(Solver):
         while rounds % self.between(rows) or bool((rows.status == Status.RUNNING).any()):
             rows, rounds = self.advance(problem, a, rows, b.shape), rounds + 1
             if trace is not None:
-                trace(int(rows.evaluations.max()), rows.value)
+                trace(int(rows.evaluations.max()), self.layout.shaped(rows.b, b.shape), rows.value)
         return self._solution(rows[:-1], b.shape)
 
     def _solve_in_chunks(self, problem: Problem, a: Context, b: Tensor) -> Solution:

@@ -79,12 +79,12 @@ class LBFGS(QuasiNewton):
             raise ValueError(f"memory must be at least 1, got {memory}")
         self.memory, self.dense = memory, dense
 
-    def _solve(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+    def _solve(self, problem: Problem, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
         """As :meth:`Solver.solve`; with few unknowns by :class:`~amortized.solvers.BFGS` with the same settings."""
         if b[0].numel() > self.dense:
-            return super()._solve(problem, a, b, trace)
+            return super()._solve(problem, a, b, dual, trace)
         full = BFGS(self.steps, self.tol, self.noise, self.first_step, self.unroll, self.chunk, self.compiled)
-        return full._solve(problem, a, b, trace)
+        return full._solve(problem, a, b, dual, trace)
 
     def chunk_size(self, b: Tensor) -> int:
         """Rows whose history takes 12 MB, enough of them to pay for a round's dispatch; 4 MB where rounds are compiled."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amortized.contract import Context, QuadraticProgram, take
-from amortized.solvers.base import Solution, Status, Trace, ordinary, tolerance
+from amortized.solvers.base import Solution, Status, Trace, tolerance
 from amortized.solvers.engine.rows import Rows, RowSolver, put, times
 
 RELAXATION = 1.6
@@ -107,8 +107,8 @@ class ADMM(RowSolver):
     ``residual`` is the larger of ``‖A b − z‖∞ / u``, with z within the bounds, and ``‖P b + q + Aᵀy‖∞ / w``, where u and
     w are 1, less in small units (the largest bound, ``‖q‖∞``), and more in large ones: ``rtol / tol`` times the largest
     term of the sum. It decides which iterate is best (objectives of infeasible points mean nothing) and when a row is
-    finished. :meth:`solve_with_duals` returns y as well, and :meth:`certify` the residuals as they are and the duality
-    gap.
+    finished. ``dual`` is y ``(B, m)``, in the order of the rows of A; :meth:`certify` gives the residuals as they are and
+    the duality gap.
 
     A row ends as ``INFEASIBLE`` where a bound contradicts another, where the change of y proves that no point within
     1,000 times the iterate's size meets the constraints, or where the change of b is a direction along which the
@@ -149,30 +149,23 @@ class ADMM(RowSolver):
             raise ValueError(f"rho and check must be positive and rtol not negative, got {rho}, {check} and {rtol}")
         self.rho, self.check, self.rtol = rho, check, rtol
 
-    def solve_with_duals(
-        self, problem: Any, a: Context, b: Tensor, y: Tensor | None = None, *, trace: Trace | None = None
-    ) -> tuple[Solution, Tensor]:
-        """The solution and its dual ``y`` ``(B, m)``, from a start ``b`` and, if there is one, a dual start."""
-        with self._prepared(problem, a, b) as (problem, a, b):
-            return self._solve_both(problem, a, b, y, trace)
-
-    def _solve(self, problem: Any, a: Context, b: Tensor, trace: Trace | None) -> Solution:
+    def _solve(self, problem: Any, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
         """As :meth:`Solver.solve`, with what is best decided by ``residual``."""
-        return self._solve_both(problem, a, b, None, trace)[0]
-
-    def _solve_both(
-        self, problem: Any, a: Context, b: Tensor, y: Tensor | None, trace: Trace | None
-    ) -> tuple[Solution, Tensor]:
-        program = problem.program(a)
-        y = torch.zeros_like(program.lower) if y is None else ordinary(y)
+        program, n = problem.program(a), b[0].numel()
+        y = torch.zeros_like(program.lower) if dual is None else dual
         programs: Any = _Programs(problem, program, b, trace is not None)
-        found = super()._solve(programs, programs.context(a, program), torch.cat([b.flatten(1), y], 1).double(), trace)
-        n = b[0].numel()
+
+        def primal(evaluations: int, both: Tensor, value: Tensor) -> None:
+            if trace is not None:
+                trace(evaluations, both[:, :n].reshape(b.shape).to(b.dtype), value)
+
+        both, watch = torch.cat([b.flatten(1), y], 1).double(), None if trace is None else primal
+        found = super()._solve(programs, programs.context(a, program), both, None, watch)
         x, y = found.b[:, :n].reshape(b.shape).to(b.dtype), found.b[:, n:].to(b.dtype)
         # A bound that is not there has no force; what is left there is rounding.
         absent = torch.where(y > 0, program.upper, program.lower).isinf()
-        found = found._replace(b=x, value=problem.objective(x, a), residual=found.residual.to(b.dtype))
-        return found, torch.where(absent, 0, y)
+        residual, y = found.residual.to(b.dtype), torch.where(absent, 0, y)
+        return found._replace(b=x, value=problem.objective(x, a), residual=residual, dual=y)
 
     def certify(self, problem: Any, a: Context, b: Tensor, y: Tensor) -> Certificate:
         """The residuals and the duality gap of a primal and dual pair."""

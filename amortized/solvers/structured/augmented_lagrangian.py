@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amortized.contract import Context, take, value_and_grad
+from amortized.contract import Context, better, feasibility_tol, take, value_and_grad
 from amortized.solvers.base import Solution, Solver, Status, Trace, size, tolerance
 from amortized.solvers.smooth.lbfgs import LBFGS
 
@@ -53,9 +53,10 @@ class AugmentedLagrangian(Solver):
     The problem has ``equality(b, a)``, ``inequality(b, a)`` or both (:class:`~amortized.contract.Constrained`).
 
     ``residual`` is the larger of the violation ``max(|c|, |max(d, −μ/ρ)|)`` and the gradient norm of the Lagrangian
-    over u + ‖∇L‖, with ``u = min(1, max(|L|, ‖∇L‖))`` at the start. It decides which iterate is best, as objectives of
-    infeasible points mean nothing. Where the problem is not convex the point is a local minimum. Infeasible rows end as
-    ``LIMIT``. For quadratic programs use ADMM.
+    over u + ‖∇L‖, with ``u = min(1, max(|L|, ‖∇L‖))`` at the start. A row is finished when it is within ``tol`` and the
+    violation within the problem's ``feasibility_tol``. Of its iterates a feasible one is best, then one of small residual:
+    objectives of infeasible points mean nothing. Where the problem is not convex the point is a local minimum. Infeasible
+    rows end as ``LIMIT``. For quadratic programs use ADMM. ``dual`` is λ and then μ, ``(B, p + m)``.
 
     Source: Nocedal & Wright (2006), framework 17.3 with (17.55); Birgin & Martínez (2014) for the penalty.
 
@@ -86,21 +87,30 @@ class AugmentedLagrangian(Solver):
                 "inequality (see amortized.contract); without constraints use LBFGS."
             )
 
-    def _solve(self, problem: Any, a: Context, b: Tensor, trace: Trace | None) -> Solution:
-        """As :meth:`Solver.solve`, with what is best decided by ``residual``."""
+    def _solve(self, problem: Any, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
+        """As :meth:`Solver.solve`, with what is best decided by violation and ``residual``."""
         lagrangian, inner = _Lagrangian(problem), copy.deepcopy(self.inner)
         tol = self.tol if self.tol is not None else 10 * tolerance(None, b.dtype)
+        allowed = feasibility_tol(problem)
         c, d = lagrangian.constraints(b, a)
+        p, m = c.shape[1], d.shape[1]
+        if dual is not None and dual.shape[1] != p + m:
+            raise ValueError(
+                f"dual must hold {p} + {m} multipliers, of equalities and inequalities; got {dual.shape[1]}"
+            )
+        dual = b.new_zeros(len(b), p + m) if dual is None else dual.clone()
         value, grad = value_and_grad(problem, b, a)
         unit = size(value, grad.flatten(1).norm(dim=1))
         unit = torch.where(unit > 0, unit, 1)  # an objective that is zero: feasibility alone
         rho = self.rho * unit
-        state = Multiplied(a, torch.zeros_like(c), torch.zeros_like(d), rho, unit)
-        residual, violation = self._residual(lagrangian, state, b)
+        state = Multiplied(a, dual[:, :p], dual[:, p:].clamp(min=0), rho, unit)
+        # Little of the penalty: whether the start solves its row is a matter of b and its multipliers alone.
+        residual, violation = self._residual(lagrangian, state._replace(rho=1e-3 * rho), b)
         zero = torch.zeros_like(rho, dtype=torch.int64)
         finite = value.isfinite() & residual.isfinite()
-        status = torch.where(finite, torch.where(residual <= tol, 0, int(Status.LIMIT)), int(Status.DIVERGED))
-        best = Solution(b.clone(), value, residual, zero, zero + 1, status)
+        met = (residual <= tol) & (violation <= allowed)
+        status = torch.where(finite, torch.where(met, 0, int(Status.LIMIT)), int(Status.DIVERGED))
+        best, least = Solution(b.clone(), value, residual, zero, zero + 1, status, dual=dual), violation.clone()
         place = (status == int(Status.LIMIT)).nonzero()[:, 0]
         state, at, violation = take(state, place), b[place], violation[place]
         for k in range(self.steps):
@@ -118,15 +128,17 @@ class AugmentedLagrangian(Solver):
             grown = torch.where(now > 0.25 * violation, 10 * state.rho, state.rho).clamp(max=1e10)
             state, violation = state._replace(rho=grown), now
 
-            better = finite & (residual < best.residual[place])
-            to = place[better]
-            best.b[to], best.value[to], best.residual[to] = at[better], value[better], residual[better]
+            wins = finite & better(residual, now, best.residual[place], least[place], allowed)
+            to = place[wins]
+            best.b[to], best.value[to], best.residual[to] = at[wins], value[wins], residual[wins]
+            least[to], dual[to] = now[wins], torch.cat([state.equal, state.below], 1)[wins]
             best.iterations[place] += 1
             best.evaluations[place] += found.evaluations
-            ended = torch.where(finite, torch.where(residual <= tol, 0, int(Status.LIMIT)), int(Status.DIVERGED))
+            met = (residual <= tol) & (now <= allowed)
+            ended = torch.where(finite, torch.where(met, 0, int(Status.LIMIT)), int(Status.DIVERGED))
             best.status[place] = ended
             if trace is not None:
-                trace(int(best.evaluations.max()), best.value.clone())
+                trace(int(best.evaluations.max()), best.b.clone(), best.value.clone())
             going = (ended == int(Status.LIMIT)).nonzero()[:, 0]
             place, state, at, violation = place[going], take(state, going), at[going], violation[going]
         return best
