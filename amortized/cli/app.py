@@ -44,6 +44,7 @@ from amortized.cli import ship
 from amortized.cli.differences import differences, named, same_class, without
 from amortized.cli.errors import UsageError
 from amortized.cli.help_text import COMMANDS, help_text, top_help
+from amortized.cli.next_steps import next_steps
 from amortized.cli.parsing import Parser, cause_of, full_options
 from amortized.cli.recipes import recipes, resolve_recipe
 from amortized.cli.slurm import requeue
@@ -543,6 +544,7 @@ class AmortizedCLI(CommandLine):
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     attempt(logger, log_checkpoint, logger, last.path)
+        say(next_steps(Path(self.trainer.default_root_dir)))
 
     def _certify(self, last: checkpoint.Newest) -> None:
         """Calibrate what the trained model's answers lack, and keep that in its last checkpoint."""
