@@ -25,10 +25,12 @@ from amortized.posteriors import DiagonalGaussian, Flow, FullGaussian
 from amortized.problems import (
     SLCP,
     VAE,
+    CartPole,
     Classification,
     CloudPotential,
     CloudTransport,
     ConditionalFlow,
+    DoubleIntegrator,
     FewShotClassification,
     FewShotRegression,
     GaussianLinear,
@@ -41,6 +43,7 @@ from amortized.problems import (
     HistogramTransport,
     ImagePairs,
     Images,
+    IntegratorStates,
     LabelledDigits,
     LinearGaussian,
     LinearGaussianContexts,
@@ -48,6 +51,8 @@ from amortized.problems import (
     MixtureClouds,
     NeuralPosterior,
     NeuralProcess,
+    Pendulum,
+    Policy,
     Prototypes,
     Simulations,
     Sinusoid,
@@ -56,12 +61,14 @@ from amortized.problems import (
     SphereContexts,
     StylePairs,
     StyleTransfer,
+    SwingUp,
+    SystemStates,
     Template,
     TwoMoons,
 )
 from amortized.problems.inference.evidence import AnnealedImportanceSampling
 from amortized.problems.style import Stylization
-from amortized.solvers import LBFGS, GradientDescent, LearnedUpdate
+from amortized.solvers import LBFGS, Gauge, GradientDescent, LearnedUpdate
 from amortized.testing import CHECKS, check_problem, equal
 
 
@@ -140,6 +147,18 @@ def normal(q):
     return finite(q.mean) and (q.stddev > 0).all()
 
 
+def swing_up(system):
+    return SwingUp(Policy(system, horizon=20, proposals=2, hidden=[16]), system, horizon=20)
+
+
+def of_system(system):
+    return lambda **settings: SystemStates(system(), **settings)
+
+
+def weak(forces):
+    return (forces.abs() <= 10).all()
+
+
 BOWLS, SUPPORT = ["centres", "offsets"], ["support_x", "support_y"]
 CASES = {
     "sphere": Case(lambda: Sphere(MLP(16, 3)), SphereContexts, on_sphere),
@@ -171,6 +190,9 @@ CASES = {
     "two moons": Case(lambda: flow_posterior(MLP(2, 4), TwoMoons()), simulations(TwoMoons), in_support),
     "SLCP": Case(lambda: flow_posterior(SetMoments(["x"], 2, 4), SLCP(), "affine"), simulations(SLCP), in_support),
     "lynxes": Case(lambda: flow_posterior(Recurrent(["x"], 2, 4), LotkaVolterra()), simulations(LotkaVolterra), in_support),
+    "double integrator": Case(lambda: DoubleIntegrator(MLP(2, 20), refine=Gauge()), IntegratorStates, finite),
+    "pendulum": Case(lambda: swing_up(Pendulum()), of_system(Pendulum), weak),
+    "cart-pole": Case(lambda: swing_up(CartPole()), of_system(CartPole), weak),
     "style": Case(lambda: StyleTransfer(Stylization(channels=(4, 8, 8), blocks=1, embedding=8)), StylePairs, in_unit_cube),
 }  # fmt: skip
 

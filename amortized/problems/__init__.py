@@ -3,6 +3,17 @@
 from amortized.contexts.images import Images
 from amortized.problems.classification import Classification, LabelledDigits
 from amortized.problems.constrained import ConvexDC3, DC3Contexts, FactorMarkets, NonconvexDC3, Portfolio
+from amortized.problems.control import (
+    CartPole,
+    ClosedLoop,
+    DoubleIntegrator,
+    IntegratorStates,
+    Pendulum,
+    Policy,
+    SpeedLimit,
+    SwingUp,
+    SystemStates,
+)
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
 from amortized.problems.meta import (
@@ -41,6 +52,15 @@ from amortized.problems.transport import (
 )
 
 __all__ = [
+    "SystemStates",
+    "SwingUp",
+    "SpeedLimit",
+    "Policy",
+    "Pendulum",
+    "IntegratorStates",
+    "DoubleIntegrator",
+    "ClosedLoop",
+    "CartPole",
     "Template",
     "Prototypes",
     "Omniglot",
