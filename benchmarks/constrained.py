@@ -371,7 +371,7 @@ def portfolio(quick: bool) -> list[dict[str, Any]]:
     calls = {"network": predictions(module, a), **programs(problem, exactly)}
     found = sides(problem, exactly, best, calls, 3 if quick else 7)
     steps = float(checkpoint.load(CHECKPOINTS / "portfolio.ckpt")["global_step"])
-    minutes = training_seconds(module, FactorMarkets(batch_size=48), int(steps), 20) / 60
+    minutes = training_seconds(module, FactorMarkets(batch_size=64), int(steps), 20) / 60
     return rows_of("portfolio", found, (None, None, None), minutes, num_rows(a))
 
 
