@@ -4,7 +4,7 @@ A problem is any object with ``objective(b, a) -> (B,)``: B independent problems
 row. Contexts ``a`` are a tensor or a ``NamedTuple`` of tensors; solutions ``b`` are one real tensor ``(B, *)``.
 """
 
-from amortized.contract.check import check_context, check_objective, check_support
+from amortized.contract.check import check_constraints, check_context, check_objective, check_support
 from amortized.contract.constraints import (
     Bounded,
     best_of,
@@ -57,6 +57,7 @@ __all__ = [
     "best_of",
     "better",
     "bounded",
+    "check_constraints",
     "check_context",
     "check_objective",
     "check_seed",

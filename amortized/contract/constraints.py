@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amortized.contract.error import ProblemError
 from amortized.contract.problem import Problem, polyhedron
@@ -17,7 +17,12 @@ FEASIBILITY_TOL = 1e-4
 
 def constrained(problem: Problem) -> bool:
     """Whether a problem has constraints: ``equality``, ``inequality``, ``program``, ``polyhedron`` or ``project``."""
-    return any(hasattr(problem, name) for name in ("equality", "inequality", "program", "polyhedron", "project"))
+    return any(_states(problem, name) for name in ("equality", "inequality", "program", "polyhedron", "project"))
+
+
+def _states(problem: Any, name: str) -> bool:
+    """Whether a problem has such a method; a network of a model that happens to be called so is none."""
+    return hasattr(problem, name) and not isinstance(getattr(problem, name), nn.Module)
 
 
 def feasibility_tol(problem: Problem) -> float:
@@ -32,10 +37,13 @@ def violation(problem: Problem, b: Tensor, a: Context) -> Tensor:
     of ``max(A b − upper, lower − A b, 0)`` where it has ``program`` or ``polyhedron``; else of ``|b − project(b)|`` where it
     has that. NaN where a constraint is. Differentiable where the constraints are.
     """
-    if any(hasattr(problem, name) for name in ("equality", "inequality", "program", "polyhedron")):
+    if not len(b):
+        return b.new_zeros(0)
+    if any(_states(problem, name) for name in ("equality", "inequality", "program", "polyhedron")):
         off = bounded(problem, b, a).outside
-    elif hasattr(problem, "project"):
-        off = (b - problem.project(b, a)).abs()
+    elif _states(problem, "project"):
+        p: Any = problem
+        off = (b - p.project(b, a)).abs()
     else:
         return b.new_zeros(len(b))
     return torch.cat([b.new_zeros(len(b), 1), off.flatten(1)], 1).amax(1)
@@ -69,14 +77,14 @@ def bounded(problem: Problem, b: Tensor, a: Context) -> Bounded:
         ProblemError: if the problem has no constraints of these kinds.
     """
     p: Any = problem
-    if hasattr(p, "equality") or hasattr(p, "inequality"):
+    if _states(p, "equality") or _states(p, "inequality"):
         none = b.new_zeros(len(b), 0)
-        c = p.equality(b, a).flatten(1) if hasattr(p, "equality") else none
-        d = p.inequality(b, a).flatten(1) if hasattr(p, "inequality") else none
+        c = p.equality(b, a).flatten(1) if _states(p, "equality") else none
+        d = p.inequality(b, a).flatten(1) if _states(p, "inequality") else none
         value = torch.cat([c, d], 1)
         lower = torch.cat([torch.zeros_like(c), torch.full_like(d, -torch.inf)], 1)
         return Bounded(value, lower, torch.zeros_like(value))
-    if hasattr(p, "program") or hasattr(p, "polyhedron"):
+    if _states(p, "program") or _states(p, "polyhedron"):
         A, lower, upper = polyhedron(p, a)
         x = b.flatten(1)
         ab = x @ A.mT if A.ndim == 2 else torch.bmm(x.unsqueeze(1), A.mT).squeeze(1)

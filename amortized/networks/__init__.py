@@ -1,6 +1,6 @@
 """Architectures for the model, one family a file."""
 
-from amortized.networks.convolutional import ConvDecoder, ConvEncoder
+from amortized.networks.convolutional import ConvBlocks, ConvDecoder, ConvEncoder
 from amortized.networks.initialization import LearnedInitialization
 from amortized.networks.message_passing import MessagePassing
 from amortized.networks.mlp import MLP, ResidualMLP
@@ -10,6 +10,7 @@ from amortized.networks.sets import DeepSet, SetMoments, SetTransformer
 
 __all__ = [
     "MLP",
+    "ConvBlocks",
     "ConvDecoder",
     "ConvEncoder",
     "DeepSet",

@@ -5,6 +5,18 @@ from amortized.problems.classification import Classification, LabelledDigits
 from amortized.problems.constrained import ConvexDC3, DC3Contexts, FactorMarkets, NonconvexDC3, Portfolio
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
+from amortized.problems.meta import (
+    FewShotClassification,
+    FewShotRegression,
+    GaussianProcesses,
+    GaussianProcessRegression,
+    Generalization,
+    Glyphs,
+    NeuralProcess,
+    Omniglot,
+    Prototypes,
+    Template,
+)
 from amortized.problems.simulation import (
     SLCP,
     ConditionalFlow,
@@ -29,6 +41,16 @@ from amortized.problems.transport import (
 )
 
 __all__ = [
+    "Template",
+    "Prototypes",
+    "Omniglot",
+    "NeuralProcess",
+    "Glyphs",
+    "Generalization",
+    "GaussianProcessRegression",
+    "GaussianProcesses",
+    "FewShotRegression",
+    "FewShotClassification",
     "SLCP",
     "VAE",
     "Classification",

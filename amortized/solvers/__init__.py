@@ -12,7 +12,7 @@ few unknowns, twice differentiable            :class:`Newton`
 ``smooth`` and ``prox``                       :class:`FISTA`, with the maps of :mod:`amortized.solvers.structured.proximal`
 ``project``: a convex set                     :class:`ProjectedGradient`
 ``program``: a quadratic program              :class:`ADMM`
-``equality``, ``inequality``                  :class:`AugmentedLagrangian`
+``equality``, ``inequality``                  :class:`InteriorPoint`, :class:`AugmentedLagrangian` where n is large
 ``update``: a fixed point                     :class:`Anderson`
 ============================================  =====================================================================
 
@@ -23,7 +23,8 @@ To make a prediction feasible inside ``forward``: :class:`Gauge`, exact for line
 :class:`SecondOrderCone`, :class:`Semidefinite`; and a :class:`Sequence` of such.
 
 To refine a prediction inside ``forward``: :class:`LearnedUpdate`, :class:`GradientDescent`, :class:`Adam`,
-:class:`FISTA`, :class:`Anderson`, or the quasi-Newton solvers. For a single problem (B = 1) use
+:class:`FISTA`, :class:`Anderson`, or the quasi-Newton solvers; or any solver at all inside :class:`Implicit`, which
+differentiates where it ends instead of the way there. For a single problem (B = 1) use
 :class:`amortized.solvers.external.SciPy`: a round costs mostly the dispatch of its operations, which only many rows pay
 back. On many rows that are alike and well conditioned, one ``torch.optim.LBFGS`` on the sum of their objectives can be
 as fast; it does not say which rows converged.
@@ -37,6 +38,7 @@ from amortized.solvers.feasible.linear_completion import LinearCompletion
 from amortized.solvers.feasible.projection import Projection
 from amortized.solvers.feasible.seek import Seek
 from amortized.solvers.feasible.sets import Ball, Box, SecondOrderCone, Semidefinite, Simplex
+from amortized.solvers.implicit import Implicit
 from amortized.solvers.multistart import Exploration, MultiStart
 from amortized.solvers.sequence import Sequence
 from amortized.solvers.smooth.adam import Adam
@@ -49,8 +51,10 @@ from amortized.solvers.smooth.newton import Newton
 from amortized.solvers.structure import solver_for
 from amortized.solvers.structured.admm import ADMM
 from amortized.solvers.structured.augmented_lagrangian import AugmentedLagrangian
+from amortized.solvers.structured.completion import Completion
 from amortized.solvers.structured.fista import FISTA
 from amortized.solvers.structured.fixed_point import Anderson
+from amortized.solvers.structured.interior_point import InteriorPoint
 from amortized.solvers.structured.projected_gradient import ProjectedGradient
 from amortized.solvers.tune import tune
 
@@ -72,11 +76,14 @@ __all__ = [
     "Adam",
     "Anderson",
     "AugmentedLagrangian",
+    "Completion",
     "Exploration",
     "Gauge",
     "GaussNewton",
     "GradientDescent",
     "GradientSolver",
+    "Implicit",
+    "InteriorPoint",
     "LearnedUpdate",
     "MultiStart",
     "Newton",

@@ -11,7 +11,17 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from amortized.contract import CommonDraws, Context, Problem, is_random, leaves, map_leaves, take, violation
+from amortized.contract import (
+    CommonDraws,
+    Context,
+    Problem,
+    is_random,
+    leaves,
+    map_leaves,
+    take,
+    value_and_grad,
+    violation,
+)
 
 Trace: TypeAlias = Callable[[int, Tensor, Tensor], None]
 """Called after every round with the evaluations so far, the best ``b`` of each row ``(B, *)`` and its value ``(B,)``."""
@@ -73,6 +83,17 @@ class Solution(NamedTuple):
     def diverged(self) -> Tensor:
         """Which rows met a value that is not finite and stopped there ``(B,)``."""
         return self.status == Status.DIVERGED
+
+
+class Optimality(NamedTuple):
+    """What holds where a solver ended: equations ``F(w) = 0``, row by row, which :class:`Implicit` differentiates."""
+
+    equations: Callable[[Tensor], Tensor]
+    """F, ``(B, k) -> (B, k)``, on the graph of all else that the problem sees."""
+    w: Tensor
+    """Their root ``(B, k)``; the first n numbers of a row are its solution's."""
+    adjoint: Callable[[Tensor], Tensor] | None = None
+    """``v -> (∂F/∂w)⁻ᵀ v``, where structure makes that cheap; None leaves it to :class:`Implicit`."""
 
 
 def tolerance(tol: float | None, dtype: torch.dtype) -> float:
@@ -195,6 +216,14 @@ class Solver(nn.Module, abc.ABC):
             f"{type(self).__name__} cannot be differentiated through, so it cannot refine a prediction inside forward; "
             "use GradientDescent, Adam or LBFGS there."
         )
+
+    def optimality(self, problem: Any, a: Context, found: Solution) -> Optimality:
+        """The equations that hold where the solver ended: here, that the objective's gradient is zero."""
+
+        def gradient(w: Tensor) -> Tensor:
+            return value_and_grad(problem, w.view_as(found.b), a, create_graph=True)[1].flatten(1)
+
+        return Optimality(gradient, found.b.flatten(1))
 
 
 def size(value: Tensor, residual: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amortized.contract import Context, Problem, best_of, feasibility_tol, map_leaves, violation
-from amortized.solvers.base import Solution, Solver, Status, Trace
+from amortized.solvers.base import Optimality, Solution, Solver, Status, Trace
 
 
 class Exploration(NamedTuple):
@@ -104,3 +104,7 @@ class MultiStart(Solver):
         unit = values.abs().nan_to_num(posinf=0).amax(1).clamp(max=1) if len(b) else least
         share = (values <= (least + self.match * (unit + least.abs())).unsqueeze(1)).to(b.dtype).mean(1)
         return Exploration(best, torch.where(best.status == int(Status.DIVERGED), 0, share), values)
+
+    def optimality(self, problem: Any, a: Context, found: Solution) -> Optimality:
+        """As :meth:`Solver.optimality`: the solver's own."""
+        return self.solver.optimality(problem, a, found)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from amortized.contract import Composite, Context, value_and_grad
-from amortized.solvers.base import check_value
+from amortized.solvers.base import Optimality, Solution, check_value
 from amortized.solvers.engine.rows import Rows, RowSolver, over
 
 
@@ -162,3 +162,16 @@ class FISTA(RowSolver):
             t, last = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
             y = b + (last - 1) / t * (b - before) if self.accelerate else b
             yield b
+
+    def optimality(self, problem: Any, a: Context, found: Solution) -> Optimality:
+        """As :meth:`Solver.optimality`: ``b − prox_s(b − s ∇smooth(b; a)) = 0``, which holds whatever s."""
+        problem, b = self.composite(problem), found.b
+        with torch.no_grad():
+            step = torch.full_like(b.flatten(1)[:, 0], self.lr) if self.lr else self._guess(problem, a, b)
+
+        def residual(w: Tensor) -> Tensor:
+            at = w.view_as(b)
+            _, grad = value_and_grad(_Smooth(problem), at, a, create_graph=True)
+            return (at - problem.prox(at - over(step, at) * grad, step, a)).flatten(1)
+
+        return Optimality(residual, b.flatten(1))

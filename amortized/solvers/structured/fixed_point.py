@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amortized.contract import Context, FixedPoint
+from amortized.solvers.base import Optimality, Solution
 from amortized.solvers.engine.rows import Rows, RowSolver
 
 
@@ -129,3 +130,12 @@ class Anderson(RowSolver):
         for _ in range(self.steps):
             b = (1 - self.damping) * b + self.damping * problem.update(b, a)
             yield b
+
+    def optimality(self, problem: FixedPoint, a: Context, found: Solution) -> Optimality:
+        """As :meth:`Solver.optimality`: ``b − T(b; a) = 0``."""
+
+        def residual(w: Tensor) -> Tensor:
+            b = w.view_as(found.b)
+            return (b - problem.update(b, a)).flatten(1)
+
+        return Optimality(residual, found.b.flatten(1))
