@@ -2,6 +2,7 @@
 
 from amortized.contexts.images import Images
 from amortized.problems.classification import Classification, LabelledDigits
+from amortized.problems.constrained import OperatingPoint, PowerFlow, PowerFlowContexts, PowerFlowLoss
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
 from amortized.problems.simulation import (
@@ -47,6 +48,10 @@ __all__ = [
     "MixtureClouds",
     "LotkaVolterra",
     "NeuralPosterior",
+    "OperatingPoint",
+    "PowerFlow",
+    "PowerFlowContexts",
+    "PowerFlowLoss",
     "Simulations",
     "Sinusoid",
     "SinusoidContexts",
