@@ -16,7 +16,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -25,23 +25,29 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
+from amortized import checkpoint as checkpoints
 from amortized.checkpoint import MismatchError, mismatch
 from amortized.contexts.data_module import ContextDataModule, evaluation_names
 from amortized.contract import (
     Context,
     ProblemError,
+    check_constraints,
     check_objective,
     check_support,
+    constrained,
     draws,
     evaluate,
+    feasibility_tol,
     rows_where,
     stream_seed,
     take,
+    violation,
 )
 from amortized.contract.faults import describe, known_cause
 from amortized.finite import FiniteUpdates
-from amortized.lean import LeanModule
+from amortized.lightning_private import LeanModule, logs_now, trainer_of
 from amortized.losses.objective import Loss, ObjectiveLoss
+from amortized.rebuild import rebuild
 from amortized.solvers.base import Solver
 
 if TYPE_CHECKING:
@@ -103,7 +109,8 @@ class AmortizedModule(LeanModule, abc.ABC):
         self.compiled = compile
         self.finite_updates = FiniteUpdates(not_finite)
         self._objective_means: list[MeanMetric] = []
-        self._bad_rows = MeanMetric()
+        self._bad_rows, self._feasible = MeanMetric(), MeanMetric()
+        self._violation = MeanMetric(nan_strategy="ignore")
         self._checked = False
 
     # ---- the problem
@@ -135,6 +142,10 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     def observe(self, a: Context) -> Context:
         """What the model may see of a context; all of it, unless the problem hides a part (a query set, a label)."""
+        return a
+
+    def prepare(self, a: Context) -> Context:
+        """What the objective needs of a context, worked out once before solvers search: what shared layers make of images."""
         return a
 
     def dual(self, a: Context) -> Tensor | None:
@@ -199,7 +210,7 @@ class AmortizedModule(LeanModule, abc.ABC):
             for k, contexts in enumerate(earlier):
                 self._update(contexts, optimizer, self._number(batch_idx, k, len(earlier) + 1))
         loss = self.finite_updates.mean(self, a, self._number(batch_idx, len(earlier), len(earlier) + 1))
-        if self.trainer._logger_connector.should_update_logs:  # logging costs more than a small network's step
+        if logs_now(self.trainer):
             self.finite_updates.look(self)
             self.log("train/loss", loss.detach(), sync_dist=True)
             if self.finite_updates.action == "skip":
@@ -232,6 +243,8 @@ class AmortizedModule(LeanModule, abc.ABC):
 
         A row that is not finite counts: the mean is then not finite either, so that no checkpoint, early stop or sweep takes a
         model that fails on hard rows for a good one. ``val/not_finite`` is the fraction of such rows, where there are any.
+        Of a problem with constraints ``val/feasible`` is the fraction of feasible predictions and ``val/violation`` the mean of
+        their violation.
         """
         check_support(self, a)
         b = self(a)
@@ -239,6 +252,11 @@ class AmortizedModule(LeanModule, abc.ABC):
         self._objective_means[dataloader_idx].update(value)
         if not dataloader_idx:
             self._bad_rows.update(~value.isfinite())
+        if not dataloader_idx and constrained(self):
+            with torch.no_grad():
+                off = violation(self, b, a)
+            self._feasible.update(off <= feasibility_tol(self))
+            self._violation.update(off)
         return b
 
     test_step = validation_step
@@ -246,7 +264,8 @@ class AmortizedModule(LeanModule, abc.ABC):
     def predict_step(self, a: Context, batch_idx: int) -> dict[str, Any]:
         """The predictions and their objectives, which rows of them are ``finite``, and the decoded solutions of those.
 
-        A context with a NaN is not shown to the model: its prediction is NaN, those of the other rows are as without it.
+        Of a problem with constraints their ``violation`` too. A context with a NaN is not shown to the model: its prediction is
+        NaN, those of the other rows are as without it. Where no row is finite, nothing is decoded: ``None``.
         """
         check_support(self, a)
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
@@ -255,8 +274,12 @@ class AmortizedModule(LeanModule, abc.ABC):
         objective = evaluate(self, b, known)
         b, objective = _filled(b, given), _filled(objective, given)
         finite = rows_where(torch.isfinite, b) & objective.isfinite()
-        decoded = self.decode(take(b, finite), take(a, finite))
-        return {"b": b, "objective": objective, "finite": finite, "decoded": decoded}
+        decoded = self.decode(take(b, finite), take(a, finite)) if finite.any() else None
+        found = {"b": b, "objective": objective, "finite": finite, "decoded": decoded}
+        if constrained(self):
+            with torch.no_grad():
+                found["violation"] = _filled(violation(self, take(b, given), known), given)
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Nothing is saved before what has not been looked at yet is known to be finite; what was skipped goes with it."""
@@ -270,11 +293,40 @@ class AmortizedModule(LeanModule, abc.ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the loss has learned matters to training alone: a test may have another loss."""
         rows, self.finite_updates.updates = checkpoint.get(SKIPPED, (0, 0))
-        self.finite_updates.rows = rows if self._trainer is None or self.trainer.is_global_zero else 0
-        if self._trainer is None or self._trainer.state.fn != "fit":
+        trainer = trainer_of(self)
+        self.finite_updates.rows = rows if trainer is None or trainer.is_global_zero else 0
+        if trainer is None or trainer.state.fn != "fit":
             weights, own = checkpoint["state_dict"], self.state_dict()
             kept = {key: value for key, value in weights.items() if not key.startswith("loss.")}
             checkpoint["state_dict"] = kept | {key: value for key, value in own.items() if key.startswith("loss.")}
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, **kwargs: Any
+    ) -> Self:
+        """The trained module of a checkpoint file, built from the recipe that it holds.
+
+        Raises:
+            CheckpointError: if it is no good checkpoint, cannot be built here, or is of another class than this one.
+        """
+        if kwargs:
+            raise TypeError(
+                f"load_from_checkpoint builds what the checkpoint holds; it does not take {', '.join(kwargs)}"
+            )
+        path = Path(checkpoint_path)
+        module = cls.from_checkpoint(path, checkpoints.load(path))
+        return module if map_location is None else module.to(map_location)
+
+    @classmethod
+    def from_checkpoint(cls, path: Path, loaded: dict[str, Any]) -> Self:
+        """As :meth:`load_from_checkpoint`, of what was read already."""
+        module = rebuild(checkpoints.recipe_in(path, loaded)["model"], cls, str(path))
+        try:
+            module.on_load_checkpoint(loaded)
+            module.load_state_dict(loaded["state_dict"])
+        except MismatchError as error:
+            raise MismatchError(f"{path}: {error}") from error
+        return module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch.
@@ -291,6 +343,7 @@ class AmortizedModule(LeanModule, abc.ABC):
     def on_validation_epoch_start(self) -> None:
         names = evaluation_names(self.trainer)
         self._objective_means = [MeanMetric(nan_strategy="disable").to(self.device) for _ in names]
+        self._bad_rows = MeanMetric().to(self.device)  # anew: a test's are inference tensors, which a fit cannot go on with
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -318,13 +371,16 @@ class AmortizedModule(LeanModule, abc.ABC):
         if not self.trainer.sanity_checking:
             for name, mean in zip(evaluation_names(self.trainer), self._objective_means, strict=True):
                 self.log(f"{split}/{name}/objective".replace("//", "/"), mean.compute(), prog_bar=not name)
+            if constrained(self):
+                self.log(f"{split}/feasible", self._feasible.compute())
+                self.log(f"{split}/violation", self._violation.compute())
             bad = self._bad_rows.compute()  # of all processes
             if bad > 0:
                 self.log(f"{split}/not_finite", bad)
                 rank_zero_warn(
                     f"{split}/objective is not finite: it is NaN or infinite in {float(bad):.2%} of the rows"
                 )
-        for metric in (*self._objective_means, self._bad_rows):
+        for metric in (*self._objective_means, self._bad_rows, self._feasible, self._violation):
             metric.reset()
 
     def check(self, a: Context, updates: int = 1) -> None:
@@ -384,6 +440,9 @@ class AmortizedModule(LeanModule, abc.ABC):
             )
         with _told(f"{name}.objective fails on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}"):
             check_objective(self, b, a)
+        with _told(f"{name}'s constraints fail on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}"):
+            check_constraints(self, b, a)
+            violation(self, b, a)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,31 @@
 
 from amortized.contexts.images import Images
 from amortized.problems.classification import Classification, LabelledDigits
-from amortized.problems.constrained import OperatingPoint, PowerFlow, PowerFlowContexts, PowerFlowLoss
+from amortized.problems.constrained import (
+    ConvexDC3,
+    DC3Contexts,
+    FactorMarkets,
+    NonconvexDC3,
+    OperatingPoint,
+    Portfolio,
+    PowerFlow,
+    PowerFlowContexts,
+    PowerFlowLoss,
+)
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
+from amortized.problems.meta import (
+    FewShotClassification,
+    FewShotRegression,
+    GaussianProcesses,
+    GaussianProcessRegression,
+    Generalization,
+    Glyphs,
+    NeuralProcess,
+    Omniglot,
+    Prototypes,
+    Template,
+)
 from amortized.problems.simulation import (
     SLCP,
     ConditionalFlow,
@@ -29,12 +51,25 @@ from amortized.problems.transport import (
 )
 
 __all__ = [
+    "Template",
+    "Prototypes",
+    "Omniglot",
+    "NeuralProcess",
+    "Glyphs",
+    "Generalization",
+    "GaussianProcessRegression",
+    "GaussianProcesses",
+    "FewShotRegression",
+    "FewShotClassification",
     "SLCP",
     "VAE",
     "Classification",
     "CloudPotential",
     "CloudTransport",
     "ConditionalFlow",
+    "ConvexDC3",
+    "DC3Contexts",
+    "FactorMarkets",
     "GaussianLinear",
     "GaussianLinearPosterior",
     "GeneratedImages",
@@ -48,7 +83,9 @@ __all__ = [
     "MixtureClouds",
     "LotkaVolterra",
     "NeuralPosterior",
+    "NonconvexDC3",
     "OperatingPoint",
+    "Portfolio",
     "PowerFlow",
     "PowerFlowContexts",
     "PowerFlowLoss",

@@ -157,14 +157,24 @@ class InteriorPoint(RowSolver):
         residual, _ = self._residuals(problem, a, at, here, unit, mu)
         merit = problem.merit(residual, here)
         stuck = torch.where(moved, 0, state.stuck + 1)
-        state = InteriorPointState(at, here, unit, delta, state.ceiling, _floor(here, at.s), stuck, state.iterations + 1)
+        state = InteriorPointState(
+            at, here, unit, delta, state.ceiling, _floor(here, at.s), stuck, state.iterations + 1
+        )
         return self.settle(
             rows, _joined(at, unit), here.f * unit, residual, state, state.iterations,
             merit=merit, stalled=stuck >= STUCK, recovers=True,
         )  # fmt: skip
 
     def _direction(
-        self, at: Point, here: Values, grad: Tensor, J: Tensor, D: Tensor, W: Tensor, mu: Tensor, state: InteriorPointState
+        self,
+        at: Point,
+        here: Values,
+        grad: Tensor,
+        J: Tensor,
+        D: Tensor,
+        W: Tensor,
+        mu: Tensor,
+        state: InteriorPointState,
     ) -> tuple[Point, Tensor, Tensor]:
         """The Newton step, the shift that it took, and the slope of the barrier function along it ``(L,)``."""
         sigma = at.z / at.s
@@ -187,7 +197,14 @@ class InteriorPoint(RowSolver):
         return step, torch.where(system.delta > 0, system.delta, state.delta), slope
 
     def _search(
-        self, problem: _Exact, a: Context, state: InteriorPointState, step: Point, slope: Tensor, mu: Tensor, far: Tensor
+        self,
+        problem: _Exact,
+        a: Context,
+        state: InteriorPointState,
+        step: Point,
+        slope: Tensor,
+        mu: Tensor,
+        far: Tensor,
     ) -> tuple[Point, Values, Tensor]:
         """Each row at the first of its trials, each half as long as the last, that lowers something; and whether there was one."""
         at, here, unit = state.at, state.here, state.unit
@@ -213,7 +230,9 @@ class InteriorPoint(RowSolver):
             passes = torch.where(must, armijo, armijo | closer) & (theta_there < state.ceiling)
             passes = passes | (error_there < 0.9 * error)
             passes = passes & phi_there.isfinite() & theta_there.isfinite() & (far > 0) & ~moved
-            best_at = Point(*(torch.where(passes.unsqueeze(1), new, old) for new, old in zip(trial, best_at, strict=True)))
+            best_at = Point(
+                *(torch.where(passes.unsqueeze(1), new, old) for new, old in zip(trial, best_at, strict=True))
+            )
             best_here = Values(*(_where(passes, new, old) for new, old in zip(there, best_here, strict=True)))
             moved = moved | passes
             if bool(moved.all()):

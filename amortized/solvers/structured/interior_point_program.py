@@ -88,12 +88,18 @@ class ProgramInteriorPoint(RowSolver):
         parts = []
         for number in range(len(kinds)):
             index = (which == number).nonzero()[:, 0]
-            rows = QuadraticProgram(*(leaf if leaf.ndim == 2 and k in (0, 2) else leaf[index] for k, leaf in enumerate(program)))
-            parts.append((index, self._alike(problem, take(a, index), b[index], rows, None if len(kinds) > 1 else trace)))
+            rows = QuadraticProgram(
+                *(leaf if leaf.ndim == 2 and k in (0, 2) else leaf[index] for k, leaf in enumerate(program))
+            )
+            parts.append(
+                (index, self._alike(problem, take(a, index), b[index], rows, None if len(kinds) > 1 else trace))
+            )
         if len(parts) == 1:
             return parts[0][1]
         order = torch.cat([index for index, _ in parts]).argsort()
-        whole = Solution(*(torch.cat([getattr(part, name) for _, part in parts])[order] for name in Solution._fields[:6]))
+        whole = Solution(
+            *(torch.cat([getattr(part, name) for _, part in parts])[order] for name in Solution._fields[:6])
+        )
         whole = whole._replace(dual=torch.cat([part.dual for _, part in parts if part.dual is not None])[order])
         if trace is not None:
             trace(int(whole.evaluations.max()), whole.b, whole.value)
@@ -169,7 +175,12 @@ class ProgramInteriorPoint(RowSolver):
         if bool((f.p != 0).any()):  # x enters the dual residual
             alpha = beta = torch.minimum(alpha, beta)
         moved = Pair(x + alpha * move.x, s + alpha * move.s, y + beta * move.y, z + beta * move.z)
-        at = Pair(*(torch.where(sound & new.isfinite().all(1, keepdim=True), new, old) for new, old in zip(moved, at, strict=True)))
+        at = Pair(
+            *(
+                torch.where(sound & new.isfinite().all(1, keepdim=True), new, old)
+                for new, old in zip(moved, at, strict=True)
+            )
+        )
         residual, value = _residual(f, at)
         iterations = rows.state.iterations + 1
         tiny = (torch.maximum(alpha, beta).squeeze(1) < 1e-10) | ~system.sound
@@ -195,9 +206,7 @@ def solve_standard(
         trace: as of :meth:`Solver.solve`.
     """
     start = torch.cat([x, torch.zeros_like(f.c), torch.zeros_like(f.h)], 1)
-    whole: Callable[[Any], Standard] = (
-        (lambda a: a) if own else (lambda a: Standard(f.p, a.q, f.j, a.c, f.d, a.h))
-    )
+    whole: Callable[[Any], Standard] = (lambda a: a) if own else (lambda a: Standard(f.p, a.q, f.j, a.c, f.d, a.h))
     a = f if own else Vectors(f.q, f.c, f.h)
     return RowSolver._solve(solver, whole, a, start, None, trace)  # type: ignore[arg-type]
 

@@ -88,7 +88,9 @@ def newton_system(h: Tensor, j: Tensor, size: Tensor, last: Tensor | None = None
     s = s + torch.diag_embed(1e-13 * diagonal + 1e-15 * diagonal.sum(1, keepdim=True))
     schur, singular = torch.linalg.cholesky_ex(s)
     if bool((singular > 0).any()):  # equations that repeat each other
-        schur, singular = torch.linalg.cholesky_ex(s + torch.diag_embed(1e-8 * diagonal + 1e-8 * diagonal.mean(1, keepdim=True)))
+        schur, singular = torch.linalg.cholesky_ex(
+            s + torch.diag_embed(1e-8 * diagonal + 1e-8 * diagonal.mean(1, keepdim=True))
+        )
     sound = usable & ~failed & (singular == 0)
     return NewtonSystem(h + delta[:, None, None] * eye, j, rho, factor, reduced, schur, delta, sound)
 
