@@ -168,7 +168,10 @@ def predictive() -> GaussianProcessRegression:
 
 def prototypes(name: str, ways: int = 5) -> FewShotClassification:
     refine = GradientDescent(2, lr=0.01, learn_lr=True) if name == "glyphs" else None
-    return trained(FewShotClassification(Prototypes(ways), Template(ConvBlocks(28, ways), "last"), refine=refine), name)
+    channels = (8, 16, 32, 32) if name == "glyphs" else (16, 32, 64, 64)
+    return trained(
+        FewShotClassification(Prototypes(ways), Template(ConvBlocks(28, ways, channels), "last"), refine=refine), name
+    )
 
 
 def gaussian_processes(tasks: int) -> list[dict[str, Any]]:
