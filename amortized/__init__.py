@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from amortized.losses import HardContexts, IterateLoss, LogObjectiveLoss, Loss, ObjectiveLoss, RegressionLoss
     from amortized.module import AmortizedModule
     from amortized.networks import Pretrained
+    from amortized.shipping.load import load
 
 _HOMES = {
     "AmortizationGap": "evaluation",
@@ -31,6 +32,7 @@ _HOMES = {
     "Problem": "contract",
     "ProblemError": "contract",
     "RegressionLoss": "losses",
+    "load": "shipping.load",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "RegressionLoss",
+    "load",
 ]
 
 

@@ -30,6 +30,13 @@ PROCESSES = "amortized_processes"
 """Key under which it holds how many processes trained it."""
 
 
+SOLVER = "amortized_solver"
+"""Key under which it holds the settings of the gap's solver."""
+
+CERTIFICATE = "amortized_certificate"
+"""Key under which it holds what its predictions were calibrated to: see :mod:`amortized.certificates.calibration`."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why, and which one can."""
 
@@ -232,6 +239,21 @@ def _step(path: Path) -> int:
         return int(named[1]) if named else -1
 
 
+def recipe_in(path: Path, loaded: dict[str, Any]) -> dict[str, Any]:
+    """The recipe that a checkpoint holds.
+
+    Raises:
+        MismatchError: if it holds none.
+    """
+    recipe = loaded.get(RECIPE)
+    if not isinstance(recipe, dict) or not all(
+        isinstance(recipe.get(part), dict) and isinstance(recipe[part].get("class_path"), str)
+        for part in ("model", "data")
+    ):
+        raise MismatchError(f"{path} does not say which recipe it is of: it was not written by this command line")
+    return recipe
+
+
 def mismatch(own: dict[str, Any], weights: dict[str, Any]) -> str | None:
     """The first name or shape in which weights differ from a module's own ``state_dict``; ``None`` if they fit."""
     for name in dict.fromkeys([*own, *weights]):
@@ -252,7 +274,8 @@ def strip(source: str | Path, to: str | Path) -> None:
         CheckpointError: if ``source`` is no good checkpoint; see :func:`load`.
     """
     whole = load(source)
-    save({key: whole[key] for key in ("state_dict", RECIPE, "global_step", "epoch", "pytorch-lightning_version")}, to)
+    kept = ("state_dict", RECIPE, "global_step", "epoch", "pytorch-lightning_version")
+    save({key: whole[key] for key in kept} | {key: whole[key] for key in (SOLVER, CERTIFICATE) if key in whole}, to)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -16,7 +16,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
+from amortized import checkpoint as checkpoints
 from amortized.checkpoint import MismatchError, mismatch
 from amortized.contexts.data_module import ContextDataModule, evaluation_names
 from amortized.contract import (
     Context,
     ProblemError,
+    check_constraints,
     check_objective,
     check_support,
     constrained,
@@ -45,6 +47,7 @@ from amortized.contract.faults import describe, known_cause
 from amortized.finite import FiniteUpdates
 from amortized.lightning_private import LeanModule, logs_now, trainer_of
 from amortized.losses.objective import Loss, ObjectiveLoss
+from amortized.rebuild import rebuild
 from amortized.solvers.base import Solver
 
 if TYPE_CHECKING:
@@ -261,10 +264,8 @@ class AmortizedModule(LeanModule, abc.ABC):
     def predict_step(self, a: Context, batch_idx: int) -> dict[str, Any]:
         """The predictions and their objectives, which rows of them are ``finite``, and the decoded solutions of those.
 
-        Of a problem with constraints their ``violation`` too.
-
-        A context with a NaN is not shown to the model: its prediction is NaN, those of the other rows are as without it. Where
-        no row is finite, nothing is decoded: ``None``.
+        Of a problem with constraints their ``violation`` too. A context with a NaN is not shown to the model: its prediction is
+        NaN, those of the other rows are as without it. Where no row is finite, nothing is decoded: ``None``.
         """
         check_support(self, a)
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
@@ -299,6 +300,34 @@ class AmortizedModule(LeanModule, abc.ABC):
             kept = {key: value for key, value in weights.items() if not key.startswith("loss.")}
             checkpoint["state_dict"] = kept | {key: value for key, value in own.items() if key.startswith("loss.")}
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, **kwargs: Any
+    ) -> Self:
+        """The trained module of a checkpoint file, built from the recipe that it holds.
+
+        Raises:
+            CheckpointError: if it is no good checkpoint, cannot be built here, or is of another class than this one.
+        """
+        if kwargs:
+            raise TypeError(
+                f"load_from_checkpoint builds what the checkpoint holds; it does not take {', '.join(kwargs)}"
+            )
+        path = Path(checkpoint_path)
+        module = cls.from_checkpoint(path, checkpoints.load(path))
+        return module if map_location is None else module.to(map_location)
+
+    @classmethod
+    def from_checkpoint(cls, path: Path, loaded: dict[str, Any]) -> Self:
+        """As :meth:`load_from_checkpoint`, of what was read already."""
+        module = rebuild(checkpoints.recipe_in(path, loaded)["model"], cls, str(path))
+        try:
+            module.on_load_checkpoint(loaded)
+            module.load_state_dict(loaded["state_dict"])
+        except MismatchError as error:
+            raise MismatchError(f"{path}: {error}") from error
+        return module
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch.
 
@@ -314,6 +343,7 @@ class AmortizedModule(LeanModule, abc.ABC):
     def on_validation_epoch_start(self) -> None:
         names = evaluation_names(self.trainer)
         self._objective_means = [MeanMetric(nan_strategy="disable").to(self.device) for _ in names]
+        self._bad_rows = MeanMetric().to(self.device)  # anew: a test's are inference tensors, which a fit cannot go on with
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -410,6 +440,9 @@ class AmortizedModule(LeanModule, abc.ABC):
             )
         with _told(f"{name}.objective fails on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}"):
             check_objective(self, b, a)
+        with _told(f"{name}'s constraints fail on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}"):
+            check_constraints(self, b, a)
+            violation(self, b, a)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,15 @@ def test_a_run_writes_one_folder(capsys):
         "report.html",
     }
     found = json.loads((folder / "results.json").read_text())
-    groups = {"objective", "gap", "rows", "time", "decomposition", "solver"}  # this problem declares its optimum
+    groups = {
+        "objective",
+        "gap",
+        "rows",
+        "time",
+        "decomposition",
+        "solver",
+        "certificate",
+    }  # this problem declares its optimum
     assert set(found) == groups
     assert set(found["gap"]) == {"mean", "median", "p95", "relative", "stderr", "noise", "rounding"}
     assert set(found["rows"]) == {"total", "converged", "diverged", "lost", "unbounded"}

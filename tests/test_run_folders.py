@@ -105,7 +105,7 @@ def test_a_run_that_cannot_start_leaves_no_folder(capsys):
 
 def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(run, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = LAST.stat().st_size
+    size = GOOD.stat().st_size  # the last has its certificate too
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, limits[1]))
     try:
         error = refusal(capsys, *FIT, "--ckpt_path=run", "--trainer.max_steps=30")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from amortized.contexts.data_module import ContextDataModule
-from amortized.contract import ProblemError
+from amortized.contract import ProblemError, feasibility_tol
 from amortized.module import AmortizedModule
 
 
@@ -125,10 +125,11 @@ class PredictionWriter(Callback):
             path = self._folder / "predictions.npz"
             np.savez(path, **columns)
             print(f"{len(finite)} solutions written to {path}")
-        if lost := np.flatnonzero(~finite).tolist():
-            which = ", ".join(map(str, lost[:10])) + (", ..." if len(lost) > 10 else "")
-            verb = "is" if len(lost) == 1 else "are"
-            rank_zero_warn(f"{len(lost)} of {len(finite)} {verb} not finite: row {which}")
+        assert isinstance(pl_module, AmortizedModule)
+        _tell_rows(~finite, "not finite")
+        if "violation" in columns:
+            tol = feasibility_tol(pl_module)
+            _tell_rows(finite & ~(columns["violation"] <= tol), f"not feasible within {tol:g}")
 
 
 def _concatenated(batches: list[dict[str, np.ndarray]]) -> dict[str, Any]:
@@ -139,6 +140,13 @@ def _concatenated(batches: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         none = np.zeros(len(parts["finite"]), bool)
         parts |= {key: _filled(column[:0], none) for key, column in known.items() if key not in parts}
     return {key: np.concatenate([parts[key] for parts in batches]) for key in full}
+
+
+def _tell_rows(which: np.ndarray, what: str) -> None:
+    """Say of how many rows something holds, and of which."""
+    if rows := np.flatnonzero(which).tolist():
+        named = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+        rank_zero_warn(f"{len(rows)} of {len(which)} {'is' if len(rows) == 1 else 'are'} {what}: row {named}")
 
 
 def _filled(rows: np.ndarray, given: np.ndarray) -> np.ndarray:

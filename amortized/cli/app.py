@@ -29,25 +29,29 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.multiprocessing import ProcessExitedException
 
 import amortized.networks
 import amortized.problems  # noqa: F401  (imported so that recipes can use short class names)
 from amortized import checkpoint, disk
-from amortized.callbacks import BudgetMonitor, Checkpoint, GapMonitor, Interrupt, Report
+from amortized.callbacks import BudgetMonitor, CertificateMonitor, Checkpoint, GapMonitor, Interrupt, Report
 from amortized.callbacks.checkpoint import STOPS, raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
 from amortized.callbacks.progress import ProgressBar
+from amortized.cli import ship
 from amortized.cli.differences import differences, named, same_class, without
 from amortized.cli.errors import UsageError
 from amortized.cli.help_text import COMMANDS, help_text, top_help
+from amortized.cli.next_steps import next_steps
 from amortized.cli.parsing import Parser, cause_of, full_options
 from amortized.cli.recipes import recipes, resolve_recipe
 from amortized.cli.slurm import requeue
 from amortized.cli.surroundings import any_terminal, say, working_directory_importable
 from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import ProblemError, faults
+from amortized.evaluation.calibration import Calibration
 from amortized.launched import tell_faults
 from amortized.lightning_private import CommandLine, Unprofiled, lean, log_from_step
 from amortized.loggers.csv import MetricsLogger
@@ -59,6 +63,9 @@ RUN = "AMORTIZED_RUN_FOLDER"
 
 UNTRAINED = "untrained"
 """``--ckpt_path`` of the network as it is initialised."""
+
+CERTIFIED = (SingleDeviceStrategy, DDPStrategy)
+"""Strategies under which every process has the whole model."""
 
 DISK_FAULTS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")}
 """What a disk that is full, read-only, forbidden or broken says."""
@@ -90,8 +97,15 @@ class SaveRecipe(SaveConfigCallback):
         """Those that a checkpoint depends on."""
         return recipe_of(self.text)
 
+    @functools.cached_property
+    def solver(self) -> dict[str, Any] | None:
+        """That of the gap."""
+        found: dict[str, Any] | None = yaml.safe_load(self.text)["gap"]["solver"]
+        return found
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint_: dict[str, Any]) -> None:
         checkpoint_[checkpoint.RECIPE] = self.recipe
+        checkpoint_[checkpoint.SOLVER] = self.solver
         checkpoint_[checkpoint.PROCESSES] = trainer.world_size
 
 
@@ -193,6 +207,7 @@ class AmortizedCLI(CommandLine):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(GapMonitor, "gap")
         parser.add_lightning_class_args(BudgetMonitor, "budget")
+        parser.add_lightning_class_args(CertificateMonitor, "certificate")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_argument(
@@ -280,14 +295,7 @@ class AmortizedCLI(CommandLine):
         """Refuse a checkpoint whose settings disagree with those of this command."""
         command = self.config.subcommand
         given = recipe_of(self.parser_of(command).dump(self.config[command], skip_unset=False))
-        saved = loaded.get(checkpoint.RECIPE)
-        if not isinstance(saved, dict) or not all(
-            isinstance(saved.get(part), dict) and isinstance(saved[part].get("class_path"), str)
-            for part in ("model", "data")
-        ):
-            raise checkpoint.MismatchError(
-                f"{path} does not say which recipe it is of: it was not written by this command line"
-            )
+        saved = checkpoint.recipe_in(path, loaded)
         classes = [recipe["model"]["class_path"] for recipe in (saved, given)]
         if not same_class(*classes):
             theirs, ours = (path.split(".")[-1] for path in classes)
@@ -371,6 +379,8 @@ class AmortizedCLI(CommandLine):
         plugins = settings["trainer"]["plugins"] or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), checkpoint.WholeCheckpointIO()]
         gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
+        if held := self.resumed.checkpoint.get(checkpoint.CERTIFICATE):
+            settings["certificate"].calibration = Calibration.of(held)
         given = settings["trainer"]["callbacks"] or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if settings["trainer"]["enable_progress_bar"] is not False and not any(
@@ -524,6 +534,7 @@ class AmortizedCLI(CommandLine):
         last = checkpoint.newest(self.trainer.default_root_dir)
         if steps == 0:  # they were made in forked processes
             steps = last.step
+        self._certify(last)
         # One less, where all steps were made before the run resumed.
         log_from_step(self.trainer, steps)
         # Under SLURM Lightning would take the weights of a requeue checkpoint that it wrote itself, however old.
@@ -533,6 +544,16 @@ class AmortizedCLI(CommandLine):
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     attempt(logger, log_checkpoint, logger, last.path)
+        say(next_steps(Path(self.trainer.default_root_dir)))
+
+    def _certify(self, last: checkpoint.Newest) -> None:
+        """Calibrate what the trained model's answers lack, and keep that in its last checkpoint."""
+        settings = self.config_init.fit
+        if not settings.certificate.enabled or not isinstance(self.trainer.strategy, CERTIFIED):
+            return
+        calibration = settings.certificate.calibrate(self.trainer, self.model, self.datamodule, settings.gap)
+        if last.path is not None and self.trainer.is_global_zero:
+            checkpoint.save(last.checkpoint | {checkpoint.CERTIFICATE: calibration.state()}, last.path)
 
 
 def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:
@@ -581,7 +602,11 @@ def main(args: list[str] | None = None) -> None:
                 "your dataloader is not resumable).*",
             )
             try:
-                AmortizedCLI(args)
+                given = list(sys.argv[1:] if args is None else args)
+                if given and given[0] in ship.COMMANDS:
+                    ship.run(given)
+                else:
+                    AmortizedCLI(args)
             except Exception as error:
                 told = one_line(error)
                 if told is None or os.environ.get("AMORTIZED_DEBUG"):

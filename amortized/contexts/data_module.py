@@ -175,6 +175,10 @@ class ContextDataModule(LightningDataModule):
     def _sampled(self, split: str, number: int, n: int, device: torch.device | str = "cpu") -> Context:
         return self._completed(self._drawn(split, number, n, device), n)
 
+    def produce(self, number: int, n: int, device: torch.device | str = "cpu") -> Context:
+        """Batch ``number`` of contexts without end, apart from those of training and evaluation: ``n`` of them."""
+        return self._sampled("produce", number, n, device)
+
     def _completed(self, drawn: Any, n: int) -> Context:
         return check_context(self._ask("complete", drawn), f"{type(self).__name__}.sample({n}, generator)", n)
 

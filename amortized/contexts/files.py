@@ -44,6 +44,49 @@ def load_contexts(path: str | Path, like: Context) -> Context:
     return map_leaves(lambda _: next(rows), like)
 
 
+def as_contexts(given: Any, like: Context) -> Context:
+    """Contexts from arrays: a tensor or array, nested lists, or the fields of a context by name, dotted where it is nested.
+
+    Args:
+        given: ``(B, *)`` of each field, or ``(*)`` of each: one context, which becomes B = 1.
+        like: contexts of the expected fields, shapes (but for the leading dimension) and types.
+
+    Raises:
+        ProblemError: as :func:`load_contexts`.
+    """
+    expected = fields(like)
+    try:
+        found = {name: _tensor(values, name) for name, values in _named(given).items()}
+        if len(found) == len(expected) == 1:
+            found = dict(zip(expected, found.values(), strict=True))
+        if all(name in found and found[name].shape == leaf.shape[1:] for name, leaf in expected.items()):
+            found = {name: values.unsqueeze(0) for name, values in found.items()}
+        rows = iter(_matched(found, expected))
+    except ProblemError as error:
+        raise ProblemError(f"what was given {error}; expected {_arrays(expected)}") from error
+    return map_leaves(lambda _: next(rows), like)
+
+
+def _named(given: Any, name: str = "") -> dict[str, Any]:
+    """What was given by the names of its fields."""
+    parts = given._asdict() if hasattr(given, "_asdict") else given
+    if not isinstance(parts, dict):
+        return {name: given}
+    return {
+        key: value
+        for field, part in parts.items()
+        for key, value in _named(part, f"{name}.{field}" if name else str(field)).items()
+    }
+
+
+def _arrays(expected: dict[str, Tensor]) -> str:
+    """What arrays are expected, in words."""
+    shapes = {name: ", ".join(["B", *map(str, leaf.shape[1:])]) for name, leaf in expected.items()}
+    if "" in expected:
+        return f"{_type(expected[''].dtype)} numbers of shape ({shapes['']})"
+    return f"the fields {', '.join(f'{name} ({shape})' for name, shape in shapes.items())}"
+
+
 def fields(a: Context, name: str = "") -> dict[str, Tensor]:
     """The tensors of a context by their names, dotted where it is nested; the name of a lone tensor is empty."""
     if isinstance(a, Tensor):

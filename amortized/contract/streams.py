@@ -9,7 +9,7 @@ from __future__ import annotations
 
 _FEW = ("val", "test", "val noise", "test noise", "predict noise", "search", "budget", "check")
 _GAP = ("gap search", "gap choice", "gap value", "gap again")
-_BITS = {"train": 29, "train noise": 29, "order": 28, **dict.fromkeys((*_FEW, *_GAP), 25)}
+_BITS = {"train": 29, "train noise": 29, "order": 28, **dict.fromkeys((*_FEW, *_GAP), 25), "produce": 27}
 """Streams, and the bits of a number in each; together less than 2^31 seeds."""
 _FIRST: dict[str, int] = {}
 for _stream, _bits in _BITS.items():

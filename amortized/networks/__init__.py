@@ -2,7 +2,8 @@
 
 from amortized.networks.convolutional import ConvBlocks, ConvDecoder, ConvEncoder
 from amortized.networks.initialization import LearnedInitialization
-from amortized.networks.mlp import MLP
+from amortized.networks.message_passing import MessagePassing
+from amortized.networks.mlp import MLP, ResidualMLP
 from amortized.networks.pretrained import Pretrained
 from amortized.networks.series import Recurrent
 from amortized.networks.sets import DeepSet, SetMoments, SetTransformer
@@ -14,8 +15,10 @@ __all__ = [
     "ConvEncoder",
     "DeepSet",
     "LearnedInitialization",
+    "MessagePassing",
     "Pretrained",
     "Recurrent",
+    "ResidualMLP",
     "SetMoments",
     "SetTransformer",
 ]

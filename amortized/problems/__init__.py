@@ -2,6 +2,7 @@
 
 from amortized.contexts.images import Images
 from amortized.problems.classification import Classification, LabelledDigits
+from amortized.problems.constrained import ConvexDC3, DC3Contexts, FactorMarkets, NonconvexDC3, Portfolio
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
 from amortized.problems.meta import (
@@ -56,6 +57,9 @@ __all__ = [
     "CloudPotential",
     "CloudTransport",
     "ConditionalFlow",
+    "ConvexDC3",
+    "DC3Contexts",
+    "FactorMarkets",
     "GaussianLinear",
     "GaussianLinearPosterior",
     "GeneratedImages",
@@ -69,6 +73,8 @@ __all__ = [
     "MixtureClouds",
     "LotkaVolterra",
     "NeuralPosterior",
+    "NonconvexDC3",
+    "Portfolio",
     "Simulations",
     "Sinusoid",
     "SinusoidContexts",

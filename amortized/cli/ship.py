@@ -1,0 +1,132 @@
+"""``amortized solve|export|serve``: a trained solver at work; thin, the work is in :mod:`amortized.shipping`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from amortized import checkpoint
+from amortized.cli.differences import same_class
+from amortized.cli.errors import UsageError
+from amortized.cli.parsing import Parser, full_names
+from amortized.cli.recipes import resolve_recipe
+from amortized.cli.surroundings import say
+from amortized.contract import ProblemError
+from amortized.shipping.load import REFERENCES, find, load
+from amortized.shipping.trained import TrainedSolver
+
+
+def run(args: list[str]) -> None:
+    """Run ``solve``, ``export`` or ``serve`` with these words."""
+    command, *words = ["-c" if word == "--config" else word for word in args]
+    function = COMMANDS[command]
+    parser = Parser(prog=f"amortized {command}", description=(function.__doc__ or "").split("\n")[0])
+    parser.add_argument("-c", dest="recipe", type=str | None, default=None, help="Name or path of the recipe.")
+    parser.add_argument(
+        "--ckpt_path",
+        type=str | None,
+        default=None,
+        help="A checkpoint, a run's folder, or last; by default the recipe's last run, or its reference checkpoint.",
+    )
+    parser.add_function_arguments(function, skip={"solver", "path"}, as_group=False)
+    given = parser.parse_args(words).as_dict()
+    recipe, ckpt_path = given.pop("recipe"), given.pop("ckpt_path")
+    path = checkpoint_of(recipe, ckpt_path)
+    say(f"takes {path}")
+    function(load(path), path, **given)
+
+
+def checkpoint_of(recipe: str | None, given: str | None) -> Path:
+    """The checkpoint file of a command; of the recipe, if one is named.
+
+    Raises:
+        UsageError: if neither names one.
+    """
+    if recipe is None:
+        if given in (None, "last"):
+            raise UsageError("which model? give -c RECIPE, or --ckpt_path a checkpoint or the folder of a run")
+        return find(str(given))
+    config = Path(resolve_recipe(recipe))
+    name = config.stem
+    path = find(given) if given not in (None, "last") else _last(name, reference=given is None)
+    wanted = full_names(yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("model") or {}
+    held = checkpoint.recipe_in(path, checkpoint.load(path))["model"]["class_path"]
+    if "class_path" in wanted and not same_class(held, wanted["class_path"]):
+        theirs, ours = (full.rpartition(".")[2] for full in (held, wanted["class_path"]))
+        raise checkpoint.MismatchError(f"{path} is of another recipe: it holds a {theirs}, {name} asks for a {ours}")
+    return path
+
+
+def _last(name: str, reference: bool) -> Path:
+    runs = Path("runs", name).glob("*/checkpoints")
+    for run in sorted(runs, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        if (found := checkpoint.newest(run).path) is not None:
+            return found
+    if reference and (REFERENCES / f"{name}.ckpt").is_file():
+        return REFERENCES / f"{name}.ckpt"
+    raise UsageError(f"there is no trained model of {name}: give --ckpt_path a checkpoint or the folder of a run")
+
+
+def solve(
+    solver: TrainedSolver,
+    path: Path,
+    contexts: int,
+    out: str,
+    shard_size: int = 65536,
+    shards: str | None = None,
+    tol: float = 1e-3,
+    batch_size: int = 4096,
+    predict: str | None = None,
+    with_contexts: bool = False,
+    verify: bool = False,
+    device: str | None = None,
+) -> None:
+    """Solve any number of contexts into a folder of shards; start it again, on any number of processes, to go on.
+
+    Args:
+        solver: trained.
+        path: of its checkpoint.
+        contexts: How many.
+        out: Folder of the shards.
+        shard_size: Contexts in a shard.
+        shards: i/n: this is the i-th of n processes, from 0; by default what torchrun or SLURM say.
+        tol: What a solution may lack, in the objective's unit.
+        batch_size: Contexts that are solved together.
+        predict: A file of contexts; by default they are drawn, or those of the test where the data are a finite set.
+        with_contexts: Write the contexts as well.
+        verify: Check the checksums of shards that are done, and make anew what is damaged.
+        device: Of the model, for example cuda:0; by default a GPU if there is one.
+    """
+    from amortized.shipping.production import Plan, default_device, produce, share
+
+    for name, value in (("contexts", contexts), ("shard_size", shard_size), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"--{name} must be at least 1; got {value}")
+    if not tol > 0:
+        raise ProblemError(f"--tol must be positive, in the objective's unit; got {tol}")
+    place = device or default_device()
+    solver.to(place)
+    digest = checkpoint.sha256(path)
+    if predict is not None:
+        solver.data.predict = predict
+        digest += f" {checkpoint.sha256(Path(predict))}" if Path(predict).is_file() else ""
+    plan = Plan(
+        solver.name,
+        digest,
+        contexts,
+        shard_size,
+        batch_size,
+        tol,
+        solver.data.seed,
+        with_contexts,
+        place.partition(":")[0],
+    )
+    found = produce(solver, Path(out), plan, share(shards), verify)
+    paths = ", ".join(f"{count:,} {name}" for name, count in found["paths"].items() if count)
+    say(f"{found['shards']} of {plan.shards} shards, {found['contexts']:,} contexts in {out}: {paths}")
+
+
+COMMANDS: dict[str, Any] = {"solve": solve}
+"""Commands that take a trained model and no trainer."""

@@ -1,0 +1,282 @@
+"""A trained solver: predict, certify, refine the rows that fail, and solve those that still fail."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from amortized.certificates.conformal import Conformal
+from amortized.contexts.data_module import ContextDataModule
+from amortized.contexts.files import as_contexts
+from amortized.contract import (
+    Context,
+    ProblemError,
+    better,
+    check_support,
+    concatenate,
+    draws,
+    evaluate,
+    feasibility_tol,
+    map_leaves,
+    num_rows,
+    rows_where,
+    stream_seed,
+    take,
+    violation,
+)
+from amortized.evaluation.calibration import Calibration, calibrate_model
+from amortized.module import AmortizedModule
+from amortized.shipping.answer import WORDS, Answer, Path, Rows
+from amortized.solvers import Solution, Solver
+
+
+class TrainedSolver:
+    """A trained model with its data, the gap's solver, and what its answers were calibrated to; see :func:`amortized.load`.
+
+    Args:
+        module: trained.
+        data: whose contexts it was trained on.
+        solver: that of the gap.
+        calibration: of its answers; ``None``: made at the first need, which solves validation contexts.
+        name: for messages and ``/info``.
+        precision: of the trainer.
+    """
+
+    def __init__(
+        self,
+        module: AmortizedModule,
+        data: ContextDataModule,
+        solver: Solver,
+        calibration: Calibration | None = None,
+        name: str = "",
+        precision: str | None = None,
+    ) -> None:
+        self.dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}.get(
+            precision or ""
+        )
+        self.module = module.eval() if self.dtype is None else module.eval().to(self.dtype)
+        self.data, self.solver, self.name, self.precision = data, solver.eval(), name, precision
+        self._calibration = calibration
+        self._like: Context | None = None
+
+    def to(self, device: torch.device | str) -> TrainedSolver:
+        """Moves the model; contexts follow it."""
+        self.module.to(device)
+        self.solver.to(device)
+        return self
+
+    @property
+    def calibration(self) -> Calibration:
+        """What its answers were calibrated to."""
+        if self._calibration is None:
+            self._set_up()
+            self._calibration = calibrate_model(self.module, self.data, self.solver)
+        return self._calibration
+
+    @property
+    def like(self) -> Context:
+        """One context, for its fields, shapes and types."""
+        if self._like is None:
+            self._set_up()
+            self._like = take(self.data.batch("test", 0), slice(0, 1))
+        return self._like
+
+    def _set_up(self) -> None:
+        self.data.prepare_data()
+        self.data.setup("predict")
+
+    # ---- predictions, as `amortized predict` makes them
+
+    def predict(self, a: Any, number: int = 0) -> dict[str, Any]:
+        """What ``amortized predict`` writes of these contexts, as one of its batches, by its number among them.
+
+        ``b``, ``objective``, ``finite`` and ``decoded``: see :meth:`amortized.AmortizedModule.predict_step`.
+        """
+        with self._at_work(number):
+            return self.module.predict_step(self._placed(a), number)
+
+    @contextlib.contextmanager
+    def _at_work(self, number: int = 0) -> Iterator[None]:
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision or "")
+        device = self.module.device
+        with (
+            torch.no_grad(),
+            draws(stream_seed(self.data.seed, "predict noise", number), device),
+            torch.autocast(device.type, mixed) if mixed else contextlib.nullcontext(),
+        ):
+            yield
+
+    def _placed(self, a: Context) -> Context:
+        def place(leaf: Tensor) -> Tensor:
+            leaf = leaf.to(self.module.device)
+            return leaf.to(self.dtype) if self.dtype is not None and leaf.is_floating_point() else leaf
+
+        return map_leaves(place, a)
+
+    # ---- answers
+
+    def solve(self, a: Any, tol: float = 1e-3, batch_size: int | None = None) -> Answer:
+        """Solutions that lack at most ``tol``, each with its certificate and where it comes from.
+
+        Predict; certify; refine the rows that fail, from the prediction; solve those that still fail, from the cold start;
+        each on all its rows at once. A context unlike those of training goes to the solver at once. A row that nothing
+        solves says so: its path is ``"none"``.
+
+        Args:
+            a: contexts as tensors or arrays (also in a dict, by fields); one of them, or B.
+            tol: what a solution may lack, in the objective's unit.
+            batch_size: rows at work at a time; ``None``: those of an evaluation batch of the data.
+
+        Raises:
+            ProblemError: if contexts are of other fields, shapes or types than those of training, or out of the support.
+        """
+        if not tol > 0:
+            raise ProblemError(f"tol must be positive, in the objective's unit; got {tol}")
+        plain = _is_numpy(a)
+        contexts = as_contexts(a, self.like)
+        B, size = num_rows(contexts), batch_size or self.data.eval_batch_size
+        parts = [
+            self.rows(take(contexts, slice(at, at + size)), tol, number) for number, at in enumerate(range(0, B, size))
+        ]
+        return self._answer(self._placed(contexts), concatenate(parts), plain)
+
+    def rows(self, a: Context, tol: float, number: int = 0) -> Rows:
+        """The stages of :meth:`solve` on one batch."""
+        a = self._placed(a)
+        with self._at_work(number):
+            check_support(self.module, a)
+            return self._rows(a, tol, number)
+
+    def _rows(self, a: Context, tol: float, number: int) -> Rows:
+        calibration, module = self.calibration, self.module
+        given = rows_where(lambda leaf: ~leaf.isnan(), a)
+        unlike = given & calibration.likeness.unlike(module.observe(a))
+        like = given & ~unlike
+        near, known = take(a, like), like.nonzero()[:, 0]
+        b = module(near) if len(known) else module.initial(near)
+        value = evaluate(module, b, near)
+        broken = violation(module, b, near)
+        bound = _limited(torch.where(value.isfinite(), calibration.network.bound(module, b, near), torch.inf), value)
+        out = _nothing(b, unlike)
+        good = self._put(out, known, b, value, bound, broken, Path.NETWORK, bound <= tol, 2)
+
+        failing = known[~good]
+        if len(failing):
+            found = self._solved(take(a, failing), out.b[failing], number)
+            bound = _either(found, calibration.refined, calibration.refined_unfinished)
+            good = self._put(out, failing, *_parts(found, bound), Path.REFINED, bound <= tol, found.evaluations)
+            failing = failing[~good]
+
+        cold = torch.cat([failing, unlike.nonzero()[:, 0]]).sort().values
+        if len(cold):
+            near = take(a, cold)
+            found = self._solved(near, module.initial(near), number)
+            bound = _either(found, calibration.solver, calibration.solver_unfinished)
+            far = unlike[cold]
+            good = torch.where(far, found.converged, bound <= tol)
+            bound = torch.where(far, torch.where(found.converged, torch.nan, torch.inf), bound)
+            self._put(out, cold, *_parts(found, bound), Path.SOLVER, good, found.evaluations)
+        return out
+
+    def _solved(self, a: Context, b: Tensor, number: int) -> Solution:
+        # Started anew: rows of one search, and of the next, have the same draws.
+        with draws(stream_seed(0, "gap search", number), b.device):
+            return self.solver.solve(self.module, a, b)
+
+    def _put(
+        self,
+        rows: Rows,
+        at: Tensor,
+        b: Tensor,
+        value: Tensor,
+        bound: Tensor,
+        broken: Tensor,
+        path: Path,
+        good: Tensor,
+        evaluations: Tensor | int,
+    ) -> Tensor:
+        """Put what was found for some rows where it is no worse than what they have; a path where it is good and feasible.
+
+        Returns which of them now have a path.
+        """
+        limit = feasibility_tol(self.module)
+        good = good & (broken <= limit)
+        kept = better(rows.objective[at], rows.violation[at], value, broken, limit)
+        taken = ~kept & (value < torch.inf)
+        rows.b[at] = torch.where(taken.view(-1, *[1] * (b.ndim - 1)), b.to(rows.b.dtype), rows.b[at])
+        for column, new in ((rows.objective, value), (rows.violation, broken)):
+            column[at] = torch.where(taken, new.to(column.dtype), column[at])
+        rows.certificate[at] = torch.where(taken | good, bound.to(rows.certificate.dtype), rows.certificate[at])
+        rows.path[at] = torch.where(good, int(path), int(Path.NONE)).to(torch.uint8)
+        rows.evaluations[at] += evaluations
+        return good
+
+    def _answer(self, a: Context, rows: Rows, plain: bool) -> Answer:
+        finite = rows_where(torch.isfinite, rows.b) & rows.objective.isfinite()
+        decoded = self.module.decode(take(rows.b, finite), take(a, finite))
+        path = WORDS[rows.path.cpu().numpy()]
+        found = Answer(
+            rows.b,
+            decoded,
+            rows.objective,
+            rows.certificate,
+            path,
+            rows.violation,
+            rows.evaluations,
+            rows.unlike,
+            finite,
+        )
+        return Answer(*map(_numpy, found)) if plain else found
+
+
+def _nothing(b: Tensor, unlike: Tensor) -> Rows:
+    """Rows for which nothing has been found yet, of solutions like ``b``."""
+    B = len(unlike)
+    return Rows(
+        b.new_full((B, *b.shape[1:]), torch.nan),
+        b.new_full((B,), torch.inf),
+        b.new_full((B,), torch.inf),
+        torch.zeros(B, dtype=torch.uint8, device=b.device),
+        b.new_full((B,), torch.inf),
+        torch.zeros(B, dtype=torch.int64, device=b.device),
+        unlike,
+    )
+
+
+def _parts(found: Solution, bound: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return found.b, found.value, bound, found.violation
+
+
+def _either(found: Solution, finished: Conformal, unfinished: Conformal) -> Tensor:
+    """The bound on what a solver found, by whether it met its tolerance."""
+    quantile = found.value.new_tensor([unfinished.quantile, finished.quantile])
+    return _limited(quantile[found.converged.long()], found.value)
+
+
+def _limited(bound: Tensor, value: Tensor) -> Tensor:
+    """No bound is below the rounding of the value that it is on."""
+    return torch.maximum(bound, 4 * torch.finfo(value.dtype).eps * value.abs()).nan_to_num(nan=torch.inf)
+
+
+def _is_numpy(a: Any) -> bool:
+    if isinstance(a, Tensor):
+        return False
+    parts = list(a._asdict().values()) if hasattr(a, "_asdict") else list(a.values()) if isinstance(a, dict) else None
+    return True if parts is None else all(map(_is_numpy, parts))
+
+
+def _numpy(found: Any) -> Any:
+    """Arrays of tensors; what is made of distributions stays as it is."""
+    if isinstance(found, Tensor):
+        return found.detach().cpu().float().numpy() if found.dtype == torch.bfloat16 else found.detach().cpu().numpy()
+    if isinstance(found, Distribution | np.ndarray):
+        return found
+    if hasattr(found, "_fields"):
+        return type(found)(*map(_numpy, found))
+    return found
