@@ -133,6 +133,7 @@ def _gaps(module: AmortizedModule, a: Context, solver: Solver, number: int) -> _
     b = module(a)
     squared = squared_gradient(module, b, a)
     problem, a = at_least_float32(module, a)
+    a = problem.prepare(a)
     b = b.to(torch.promote_types(b.dtype, torch.float32))
     exact = in_float64(problem)
 

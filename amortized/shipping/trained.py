@@ -187,7 +187,7 @@ class TrainedSolver:
     def _solved(self, a: Context, b: Tensor, number: int) -> Solution:
         # Started anew: rows of one search, and of the next, have the same draws.
         with draws(stream_seed(0, "gap search", number), b.device):
-            return self.solver.solve(self.module, a, b)
+            return self.solver.solve(self.module, self.module.prepare(a), b)
 
     def _put(
         self,
