@@ -95,7 +95,7 @@ class PredictionWriter(Callback):
         else:
             columns = {} if names is None else {"name": names}
             columns |= arrays(outputs["b"], "b") | objective
-            columns |= {k: _filled(v, finite["finite"]) for k, v in arrays(outputs["decoded"]).items()}
+            columns |= {k: filled(v, finite["finite"]) for k, v in arrays(outputs["decoded"]).items()}
             columns |= arrays(batch, "a") if self.contexts else {}
         self._batches.append((number, columns | finite))
 
@@ -127,7 +127,7 @@ class PredictionWriter(Callback):
             rank_zero_warn(f"{len(lost)} of {len(finite)} {verb} not finite: row {which}")
 
 
-def _filled(rows: np.ndarray, given: np.ndarray) -> np.ndarray:
+def filled(rows: np.ndarray, given: np.ndarray) -> np.ndarray:
     """The ``given`` rows, in their places, and NaN in the others; integers become floats for it."""
     if given.all():
         return rows

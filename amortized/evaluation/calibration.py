@@ -8,6 +8,7 @@ tolerance and one for others, so that each bound is for contexts that take that 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -36,19 +37,19 @@ class Calibration(NamedTuple):
     solver: Conformal
     solver_unfinished: Conformal
     likeness: Likeness
+    gap: float
+    """Mean gap of the predictions, in the objective's unit; infinite where no row had one."""
 
     def state(self) -> dict[str, Any]:
         """As plain values and tensors, for a checkpoint."""
-        return {"assumption": ASSUMPTION} | {
-            name: {k: float(v) if isinstance(v, float) else v for k, v in part._asdict().items()}
-            for name, part in self._asdict().items()
-        }
+        parts = {name: part._asdict() for name, part in self._asdict().items() if name != "gap"}
+        return {"assumption": ASSUMPTION, "gap": self.gap} | parts
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Calibration:
         """From :meth:`state`."""
-        parts = {name: Conformal(**state[name]) for name in cls._fields if name != "likeness"}
-        return cls(**parts, likeness=Likeness(**state["likeness"]))
+        parts = {name: Conformal(**state[name]) for name in cls._fields if name not in ("likeness", "gap")}
+        return cls(**parts, likeness=Likeness(**state["likeness"]), gap=state["gap"])
 
 
 class _Gaps(NamedTuple):
@@ -99,6 +100,8 @@ def _calibrate(
     unit = 0.1 * float(found.squared[: max(few, 1)].double().nanmedian())
     found = _Gaps(*(column[few:] for column in found))
 
+    known = found.network[found.network.isfinite()]
+
     def stage(gap: Tensor, chosen: Tensor) -> Conformal:
         return calibrate(gap[chosen], None, alpha)
 
@@ -109,6 +112,7 @@ def _calibrate(
         solver=stage(found.solver, found.solver_converged),
         solver_unfinished=stage(found.solver, ~found.solver_converged),
         likeness=_likeness(module.observe(train), module.observe(_some(data, "val", 4 * contexts, module.device))),
+        gap=float(known.mean()) if len(known) else math.inf,
     )
 
 

@@ -146,14 +146,14 @@ class TrainedSolver:
         ]
         return self._answer(self._placed(contexts), concatenate(parts), plain)
 
-    def rows(self, a: Context, tol: float, number: int = 0) -> Rows:
-        """The stages of :meth:`solve` on one batch."""
+    def rows(self, a: Context, tol: float, number: int = 0, by_network: bool = False) -> Rows:
+        """The stages of :meth:`solve` on one batch; ``by_network`` leaves out those of the solver."""
         a = self._placed(a)
         with self._at_work(number):
             check_support(self.module, a)
-            return self._rows(a, tol, number)
+            return self._rows(a, tol, number, by_network)
 
-    def _rows(self, a: Context, tol: float, number: int) -> Rows:
+    def _rows(self, a: Context, tol: float, number: int, by_network: bool) -> Rows:
         calibration, module = self.calibration, self.module
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
         unlike = given & calibration.likeness.unlike(module.observe(a))
@@ -167,6 +167,8 @@ class TrainedSolver:
         good = self._put(out, known, b, value, bound, broken, Path.NETWORK, bound <= tol, 2)
 
         failing = known[~good]
+        if by_network:
+            return out
         if len(failing):
             found = self._solved(take(a, failing), out.b[failing], number)
             bound = _either(found, calibration.refined, calibration.refined_unfinished)
@@ -217,9 +219,13 @@ class TrainedSolver:
         rows.evaluations[at] += evaluations
         return good
 
-    def _answer(self, a: Context, rows: Rows, plain: bool) -> Answer:
+    def decoded(self, a: Context, rows: Rows) -> tuple[Any, Tensor]:
+        """Solutions in the problem's own terms, of those rows that are finite, and which these are ``(B,)``."""
         finite = rows_where(torch.isfinite, rows.b) & rows.objective.isfinite()
-        decoded = self.module.decode(take(rows.b, finite), take(a, finite))
+        return self.module.decode(take(rows.b, finite), take(self._placed(a), finite)), finite
+
+    def _answer(self, a: Context, rows: Rows, plain: bool) -> Answer:
+        decoded, finite = self.decoded(a, rows)
         path = WORDS[rows.path.cpu().numpy()]
         found = Answer(
             rows.b,
