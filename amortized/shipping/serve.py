@@ -259,7 +259,8 @@ def answer(status: int, content: dict[str, Any]) -> Response:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype.kind == "f" and not (known := np.isfinite(value)).all():
-            value = np.where(known, value.astype(object), None)
+            value = value.astype(object)
+            value[~known] = None
         return value.tolist()
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
