@@ -18,11 +18,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: its content reaches the disk before its name does."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: its content reaches the disk before its name does. Text is written as UTF-8."""
     unfinished = path.with_name(f".{os.getpid()}.{path.name}.unfinished")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(unfinished)
         unfinished.replace(path)
     finally:

@@ -33,11 +33,14 @@ from amortized.contract import (
     ProblemError,
     check_objective,
     check_support,
+    constrained,
     draws,
     evaluate,
+    feasibility_tol,
     rows_where,
     stream_seed,
     take,
+    violation,
 )
 from amortized.contract.faults import describe, known_cause
 from amortized.finite import FiniteUpdates
@@ -105,7 +108,8 @@ class AmortizedModule(LeanModule, abc.ABC):
         self.compiled = compile
         self.finite_updates = FiniteUpdates(not_finite)
         self._objective_means: list[MeanMetric] = []
-        self._bad_rows = MeanMetric()
+        self._bad_rows, self._feasible = MeanMetric(), MeanMetric()
+        self._violation = MeanMetric(nan_strategy="ignore")
         self._checked = False
 
     # ---- the problem
@@ -234,6 +238,8 @@ class AmortizedModule(LeanModule, abc.ABC):
 
         A row that is not finite counts: the mean is then not finite either, so that no checkpoint, early stop or sweep takes a
         model that fails on hard rows for a good one. ``val/not_finite`` is the fraction of such rows, where there are any.
+        Of a problem with constraints ``val/feasible`` is the fraction of feasible predictions and ``val/violation`` the mean of
+        their violation.
         """
         check_support(self, a)
         b = self(a)
@@ -241,12 +247,19 @@ class AmortizedModule(LeanModule, abc.ABC):
         self._objective_means[dataloader_idx].update(value)
         if not dataloader_idx:
             self._bad_rows.update(~value.isfinite())
+        if not dataloader_idx and constrained(self):
+            with torch.no_grad():
+                off = violation(self, b, a)
+            self._feasible.update(off <= feasibility_tol(self))
+            self._violation.update(off)
         return b
 
     test_step = validation_step
 
     def predict_step(self, a: Context, batch_idx: int) -> dict[str, Any]:
         """The predictions and their objectives, which rows of them are ``finite``, and the decoded solutions of those.
+
+        Of a problem with constraints their ``violation`` too.
 
         A context with a NaN is not shown to the model: its prediction is NaN, those of the other rows are as without it.
         """
@@ -258,7 +271,11 @@ class AmortizedModule(LeanModule, abc.ABC):
         b, objective = _filled(b, given), _filled(objective, given)
         finite = rows_where(torch.isfinite, b) & objective.isfinite()
         decoded = self.decode(take(b, finite), take(a, finite))
-        return {"b": b, "objective": objective, "finite": finite, "decoded": decoded}
+        found = {"b": b, "objective": objective, "finite": finite, "decoded": decoded}
+        if constrained(self):
+            with torch.no_grad():
+                found["violation"] = _filled(violation(self, take(b, given), known), given)
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Nothing is saved before what has not been looked at yet is known to be finite; what was skipped goes with it."""
@@ -348,13 +365,16 @@ class AmortizedModule(LeanModule, abc.ABC):
         if not self.trainer.sanity_checking:
             for name, mean in zip(evaluation_names(self.trainer), self._objective_means, strict=True):
                 self.log(f"{split}/{name}/objective".replace("//", "/"), mean.compute(), prog_bar=not name)
+            if constrained(self):
+                self.log(f"{split}/feasible", self._feasible.compute())
+                self.log(f"{split}/violation", self._violation.compute())
             bad = self._bad_rows.compute()  # of all processes
             if bad > 0:
                 self.log(f"{split}/not_finite", bad)
                 rank_zero_warn(
                     f"{split}/objective is not finite: it is NaN or infinite in {float(bad):.2%} of the rows"
                 )
-        for metric in (*self._objective_means, self._bad_rows):
+        for metric in (*self._objective_means, self._bad_rows, self._feasible, self._violation):
             metric.reset()
 
     def check(self, a: Context, updates: int = 1) -> None:

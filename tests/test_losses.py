@@ -3,9 +3,8 @@ import torch
 from toy import Pair, Quadratic
 
 from amortized import IterateLoss, ObjectiveLoss, ProblemError, RegressionLoss
-from amortized.contract import num_rows
+from amortized.contract import num_rows, row_hashes
 from amortized.losses.objective import LogObjectiveLoss
-from amortized.losses.regression import row_hashes
 from amortized.solvers import LBFGS, GradientDescent, Solver
 
 

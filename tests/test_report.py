@@ -104,7 +104,7 @@ SCHEMA = {
         "rows_never_solved_cold": FRACTION,
         "rows_never_solved_warm": FRACTION,
     },
-    "solver": {"advice": TEXT},
+    "solver": {"advice": TEXT, "name": TEXT, "chosen_by": TEXT, "best_known": TEXT},
     "certificate": {
         "kind": NAME,
         "alpha": FRACTION,

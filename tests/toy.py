@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from amortized import AmortizedModule, ContextDataModule
 from amortized.callbacks import GapMonitor
-from amortized.contract import stream_seed
+from amortized.contract import QuadraticProgram, stream_seed
 
 
 class Quadratic(AmortizedModule):
@@ -241,3 +241,41 @@ class Sharp(Quadratic):
         if self.fault == "gradient":
             return value + 0 * (~at * b.square().sum(1)).sqrt()
         return value + torch.where(at, {"nan": torch.nan, "inf": torch.inf}[self.fault], 0.0)
+
+
+class Allocation(AmortizedModule):
+    """``min |b - w|^2`` subject to ``sum(b) = s`` and ``0 <= b <= 1``, for ``a = (s, w)`` and three unknowns: a program.
+
+    Where s is above 3 there is no solution. The model shares s out by a softmax, and misses the upper bound at times.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(Shares(), **kwargs)
+
+    def objective(self, b, a):
+        return (b - a[:, 1:]).square().sum(1)
+
+    def program(self, a):
+        n, new = 3, a.new_zeros
+        matrix = torch.cat([a.new_ones(1, n), torch.eye(n, dtype=a.dtype, device=a.device)])
+        lower, upper = (torch.cat([a[:, :1], new(len(a), n) + bound], 1) for bound in (0, 1))
+        return QuadraticProgram(2 * torch.eye(n, dtype=a.dtype, device=a.device), -2 * a[:, 1:], matrix, lower, upper)
+
+
+class Shares(nn.Module):
+    """``s softmax(W a)``."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, a):
+        return a[:, :1] * self.linear(a).softmax(1)
+
+
+class Sums(ContextDataModule):
+    """``s`` of :class:`Allocation` up to 3.3, so that one context of eleven has no solution; ``w`` uniform in [-1, 2]."""
+
+    def sample(self, n, generator):
+        u = torch.rand(n, 4, generator=generator, device=generator.device)
+        return torch.cat([3.3 * u[:, :1], 3 * u[:, 1:] - 1], 1)

@@ -7,6 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from amortized.callbacks.gap import GapMonitor
 from amortized.contract import (
     ProblemError,
     num_rows,
@@ -14,7 +15,7 @@ from amortized.contract import (
 )
 from amortized.evaluation.budget import Budget, default_rivals, measure_budget
 from amortized.module import AmortizedModule
-from amortized.solvers import LBFGS, Solver
+from amortized.solvers import Solver, solver_for
 
 
 class BudgetMonitor(Callback):
@@ -23,8 +24,9 @@ class BudgetMonitor(Callback):
     On the first contexts of the test.
 
     Args:
-        rivals: solvers by name; ``None``: L-BFGS, and Adam at lr 0.01, 0.03, 0.1, 0.3 (the command line
-            takes the solver of the gap in place of L-BFGS).
+        rivals: solvers by name; ``None``: the solver of the gap (without a :class:`~amortized.callbacks.GapMonitor` the one that
+            the problem's structure asks for), and Adam at lr 0.01, 0.03, 0.1, 0.3 where there are no constraints, which it
+            ignores.
         contexts: at most so many contexts, in one batch on both sides.
         enabled: whether to measure at all.
     """
@@ -53,7 +55,9 @@ class BudgetMonitor(Callback):
         first = batch_idx == dataloader_idx == 0
         if self.enabled and first and trainer.is_global_zero and isinstance(pl_module, AmortizedModule):
             a = take(batch, slice(0, min(self.contexts, num_rows(batch))))
-            found = measure_budget(pl_module, a, self.rivals or default_rivals(LBFGS()))
+            monitors = (c for c in trainer.callbacks if isinstance(c, GapMonitor))  # type: ignore[attr-defined]
+            solver = next((monitor.solver for monitor in monitors), None) or solver_for(pl_module)
+            found = measure_budget(pl_module, a, self.rivals or default_rivals(pl_module, solver))
             self.budget = found if found.resolved else None
             if not found.resolved:
                 rank_zero_warn(

@@ -30,23 +30,29 @@ class Checkpoint(callbacks.Checkpoint):
         every_n_steps: training steps between two checkpoints.
         keep: how many of them to keep; the newest.
         monitor: a logged metric of validation; the checkpoint where it was lowest is kept as ``best.ckpt``, among those whose
-            validation had no row with an objective that is not finite.
+            validation had no row with an objective that is not finite. Of a problem with constraints first among those with the
+            most feasible predictions, as an objective falls when constraints are broken; while none is feasible, the one with
+            the smallest mean violation.
     """
 
     def __init__(self, every_n_steps: int = 500, keep: int = 2, monitor: str | None = "val/objective") -> None:
         if every_n_steps < 1 or keep < 1:
             raise ValueError(f"checkpoint.every_n_steps and keep must be at least 1; got {every_n_steps} and {keep}")
         self.every_n_steps, self.keep, self.monitor = every_n_steps, keep, monitor
-        self.best = float("inf")
+        self.best = (0.0, float("inf"))
+        """Less the share of feasible predictions, which is 1 without constraints, and the metric (or the violation)."""
         self.saved: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "saved": self.saved}
+        infeasible, best = self.best
+        return {"best": best, "feasible": -infeasible, "saved": self.saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # These files will be removed, and the checkpoint that names them may be another's.
         ours = (name for name in state_dict["saved"] if re.fullmatch(r"step=\d{8,}\.ckpt", str(name)))
-        self.best, self.saved = float(state_dict["best"]), list(ours)
+        best = float(state_dict["best"])
+        self.best = (-float(state_dict.get("feasible", math.isfinite(best))), best)
+        self.saved = list(ours)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.directory = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
@@ -104,9 +110,12 @@ class Checkpoint(callbacks.Checkpoint):
             return
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         sound = math.isfinite(trainer.callback_metrics.get("val/objective", 0.0))  # NaN, if one row is
-        if value is not None and sound and float(value) < self.best:
+        feasible = float(trainer.callback_metrics.get("val/feasible", 1.0))
+        if not feasible:
+            value = trainer.callback_metrics["val/violation"]
+        if value is not None and sound and (-feasible, float(value)) < self.best:
             self._check(trainer)
-            self.best = float(value)
+            self.best = (-feasible, float(value))
             trainer.save_checkpoint(self.directory / "best.ckpt", weights_only=False)
         if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)

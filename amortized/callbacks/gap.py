@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from amortized.contract import (
     map_leaves,
     take,
 )
+from amortized.evaluation.best_known import BestKnown
 from amortized.evaluation.gap import Cases, measure_gap, worst_of
 from amortized.evaluation.metric import AmortizationGap, GapRows
 from amortized.module import AmortizedModule
-from amortized.solvers import LBFGS, Solver
+from amortized.solvers import LBFGS, Solver, solver_for
 
 LEAST = 30
 """Rows, at least, of a gap that is reported during training."""
@@ -41,16 +43,26 @@ class GapMonitor(Callback):
     At a test it keeps the contexts with the largest gap, of all processes; of the data's own alone.
 
     Args:
-        solver: the inner loop to measure against; ``None``: L-BFGS.
+        solver: the inner loop to measure against; ``None``: the one that the problem's structure asks for, with its default
+            settings: :func:`~amortized.solvers.solver_for`.
         max_fraction: of the training time so far to spend on the gap, in [0, 1]; 1 measures every context.
         keep_worst: how many contexts of a test to keep, those with the largest gap.
+        best_known: a file of the best solutions that any run has found, made if it is not there, so that models of a problem
+            that is not convex are judged by one reference: see :class:`~amortized.evaluation.best_known.BestKnown`.
     """
 
-    def __init__(self, solver: Solver | None = None, max_fraction: float = 0.05, keep_worst: int = 8) -> None:
+    def __init__(
+        self,
+        solver: Solver | None = None,
+        max_fraction: float = 0.05,
+        keep_worst: int = 8,
+        best_known: str | Path | None = None,
+    ) -> None:
         if not 0 <= max_fraction <= 1:
             raise ValueError(f"gap.max_fraction must be in [0, 1]; got {max_fraction}")
-        self.solver = solver if solver is not None else LBFGS()
-        self.max_fraction, self.keep_worst = max_fraction, keep_worst
+        self.named, self.solver = solver is not None, solver if solver is not None else LBFGS()
+        self.max_fraction, self.keep_worst, self.best_known = max_fraction, keep_worst, best_known
+        self.known: BestKnown | None = None
         self.metrics = {"": AmortizationGap()}
         """By the names of :func:`~amortized.contexts.data_module.evaluation_names`."""
         self.results: dict[str, float] = {}
@@ -101,6 +113,10 @@ class GapMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, AmortizedModule):
             raise TypeError(f"GapMonitor measures an AmortizedModule; got {type(pl_module).__name__}")
+        if not self.named:
+            self.solver = solver_for(pl_module)
+        if self.best_known is not None:
+            self.known = BestKnown(self.best_known)
         try:
             self.solver.require(pl_module)
         except TypeError as error:
@@ -155,6 +171,7 @@ class GapMonitor(Callback):
                 index[at - n : at],
                 seed=number,
                 decompose=trainer.state.fn != "fit",
+                known=self.known,
             )
             metric.update(rows)
             if self.example is None and not dataloader_idx:
@@ -211,7 +228,9 @@ class GapMonitor(Callback):
             self.count = count
         self.metric.parts = [torch.cat(self.metric.parts)[:count]]  # in the order in which they were measured
 
-    def _finish(self, module: LightningModule, split: str) -> None:
+    def _finish(self, trainer: Trainer, module: LightningModule, split: str) -> None:
+        if self.known is not None:
+            self.known.save(trainer.world_size, trainer.is_global_zero)
         for name, metric in self.metrics.items():
             statistics = metric.compute()
             if statistics["total"] == 0:
@@ -228,13 +247,13 @@ class GapMonitor(Callback):
         started = time.perf_counter()
         if self._rations(trainer) and self._limit is None:
             self._choose(trainer)
-        self._finish(pl_module, "val")
+        self._finish(trainer, pl_module, "val")
         self.seconds += time.perf_counter() - started
         if self.count is not None and self._measured:
             self._cost = self.seconds - self._before
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(pl_module, "test")
+        self._finish(trainer, pl_module, "test")
         self._gather_worst(trainer, pl_module.device)
 
     def _gather_worst(self, trainer: Trainer, device: torch.device) -> None:

@@ -83,6 +83,7 @@ class PredictionWriter(Callback):
         names = np.array(data.names("predict", number), str) if isinstance(data, ContextDataModule) else None
         finite = arrays(outputs["finite"], "finite")
         objective = arrays(outputs["objective"], "objective")
+        objective |= arrays(outputs["violation"], "violation") if "violation" in outputs else {}
         if self._saves:
             assert names is not None
             folder = self._folder / "predictions"

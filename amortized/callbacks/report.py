@@ -27,12 +27,13 @@ from amortized.evaluation.advice import advice
 from amortized.evaluation.budget import Budget
 from amortized.evaluation.float64 import at_least_float32
 from amortized.evaluation.gap import Cases
-from amortized.evaluation.results import Results, worst_rows
+from amortized.evaluation.results import Results, SolverUsed, worst_rows
 from amortized.loggers.wandb import attempt, log_results, log_worst
 from amortized.module import AmortizedModule
 from amortized.report.page import page
-from amortized.report.pictures import draw_budget, draw_curves, draw_gap, histogram
+from amortized.report.pictures import draw_budget, draw_curves, draw_gap, draw_violation, histogram
 from amortized.report.table import cards, lines, table, title
+from amortized.solvers.structure import structure
 
 
 @runtime_checkable
@@ -75,10 +76,10 @@ class Report(Callback):
             return
         directory = Path(trainer.default_root_dir)
         budget = self.budget.budget if self.budget is not None else None
-        told = advice(pl_module, self.gap.solver, self.gap.results)
+        used = solver_used(pl_module, self.gap)
         measured = [c for c in trainer.callbacks if isinstance(c, Measurement) and c.results]  # type: ignore[attr-defined]
         of_each = {callback.name: callback.results for callback in measured}
-        found = Results.of(self.gap.results, budget, self.gap.evaluations, told, of_each)
+        found = Results.of(self.gap.results, budget, self.gap.evaluations, used, of_each)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "results.json").write_text(json.dumps(found.to_json(), indent=2) + "\n")
         for logger in trainer.loggers:
@@ -101,7 +102,7 @@ class Report(Callback):
         html: Path,
         step: int,
     ) -> None:
-        gap = self.gap.table.gap
+        gap = self.gap.table.gap[self.gap.table.comparable]
         log_results(logger, found.to_json(), pictures, histogram(gap) if gap.isfinite().any() else None, html, step)
         log_worst(logger, worst_rows(self.gap.worst), self._portraits(module), step)
 
@@ -131,6 +132,7 @@ class Report(Callback):
                     "context": f"{row['index']:.0f}" + ("" if math.isfinite(row["gap"]) else " *"),
                     **{name: f"{row[name]:.5g}" for name in ("network", "solver", "gap")},
                     "converged": "yes" if row["converged"] else "no",
+                    **{name.replace("_", "'s "): f"{row[name]:.2g}" for name in row if name.endswith("violation")},
                 }
                 for row in worst_rows(self.gap.worst)
             ],
@@ -166,6 +168,7 @@ class Report(Callback):
         pictures: dict[str, Callable[[], Figure | None]] = {
             "curves": lambda: draw_curves(_metrics(directory), objective),
             "gap": lambda: draw_gap(gap.table, objective),
+            "violation": lambda: draw_violation(gap.table, objective),
         }
         if budget is not None:
             pictures["budget"] = lambda: draw_budget(budget, objective)
@@ -189,6 +192,18 @@ class Report(Callback):
         worst = self.gap.worst
         count = 0 if worst is None else len(worst.network)
         return [portrait(take(worst, slice(i, i + 1))) for i in range(count)]
+
+
+def solver_used(module: AmortizedModule, monitor: GapMonitor) -> SolverUsed:
+    """The solver that the gap was measured with, how it was chosen, and what to change about it."""
+    methods = structure(module)[0]
+    stored = monitor.results.get("stored")
+    return SolverUsed(
+        advice=advice(module, monitor.solver, monitor.results),
+        name=type(monitor.solver).__name__,
+        chosen_by=" and ".join(methods) if not monitor.named else None,
+        best_known=None if stored is None else int(stored),
+    )
 
 
 def _metrics(directory: Path) -> list[dict[str, str]]:

@@ -50,7 +50,6 @@ from amortized.cli.slurm import requeue
 from amortized.cli.surroundings import any_terminal, say, working_directory_importable
 from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import ProblemError, faults
-from amortized.evaluation.budget import default_rivals
 from amortized.evaluation.calibration import Calibration
 from amortized.launched import tell_faults
 from amortized.lean import Unprofiled, lean
@@ -379,7 +378,6 @@ class AmortizedCLI(LightningCLI):
         plugins = settings["trainer"]["plugins"] or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), checkpoint.WholeCheckpointIO()]
         gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
-        budget.rivals = budget.rivals or default_rivals(gap.solver)
         if held := self.resumed.checkpoint.get(checkpoint.CERTIFICATE):
             settings["certificate"].calibration = Calibration.of(held)
         given = settings["trainer"]["callbacks"] or []

@@ -22,7 +22,7 @@ from amortized.contract.problem import (
     evaluate,
     value_and_grad,
 )
-from amortized.contract.rows import Context, concatenate, leaves, map_leaves, num_rows, rows_where, take
+from amortized.contract.rows import Context, concatenate, leaves, map_leaves, num_rows, row_hashes, rows_where, take
 from amortized.contract.streams import check_seed, stream_seed
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "leaves",
     "map_leaves",
     "num_rows",
+    "row_hashes",
     "rows_where",
     "start_draws",
     "stream_seed",

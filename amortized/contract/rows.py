@@ -68,3 +68,16 @@ def concatenate(parts: Sequence[Context]) -> Context:
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts))
     return type(parts[0])(*map(concatenate, zip(*map(_parts, parts), strict=True)))
+
+
+def row_hashes(a: Context) -> Tensor:
+    """A 64-bit hash of each row's bytes, shape ``(B,)`` on the CPU; equal rows hash alike on any machine."""
+    total = None
+    for number, leaf in enumerate(leaves(a)):
+        rows = leaf.detach().flatten(1) if leaf.ndim > 1 else leaf.detach()[:, None]
+        words = rows.cpu().contiguous().view(torch.uint8).to(torch.int64)
+        odd = torch.randint(2**62, (words.shape[1],), generator=torch.Generator().manual_seed(number)) * 2 + 1
+        mixed = ((words + 1) * odd).sum(1)
+        total = mixed if total is None else total * 1_000_003 + mixed
+    assert total is not None
+    return total

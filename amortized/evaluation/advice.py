@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from amortized.solvers import ADMM, FISTA, AugmentedLagrangian, GaussNewton, MultiStart, ProjectedGradient, Solver
-
-STRUCTURED: tuple[tuple[tuple[str, ...], type[Solver]], ...] = (
-    (("program",), ADMM),
-    (("equality",), AugmentedLagrangian),
-    (("inequality",), AugmentedLagrangian),
-    (("smooth", "prox"), FISTA),
-    (("project",), ProjectedGradient),
-    (("residuals",), GaussNewton),
-)
-"""What a problem may have besides ``objective``, and the solver that uses it; the first that it has counts."""
+from amortized.solvers import MultiStart, Solver
+from amortized.solvers.structure import structure
 
 
 def advice(problem: Any, solver: Solver, gap: dict[str, float]) -> str | None:
@@ -28,13 +19,9 @@ def advice(problem: Any, solver: Solver, gap: dict[str, float]) -> str | None:
     if gap["unbounded"] > 0:
         return f"the objective seems unbounded below on {gap['unbounded']:.1%} of the rows: is a constraint missing?"
     used = solver.solver if isinstance(solver, MultiStart) else solver
-    if used.needs == Solver.needs:
-        for methods, better in STRUCTURED:
-            if all(hasattr(problem, method) for method in methods) and not isinstance(used, better):
-                return (
-                    f"the problem has {' and '.join(methods)}, which {type(used).__name__} ignores: "
-                    f"--gap.solver {better.__name__}"
-                )
+    methods, better = structure(problem)
+    if used.needs == Solver.needs != methods and not isinstance(used, better):
+        return f"the problem has {' and '.join(methods)}, which {type(used).__name__} ignores: --gap.solver {better.__name__}"
     if abs(gap["mean"]) <= gap["rounding"] and gap["rounding"] > 1e-9 * abs(gap["network"]):
         return (
             f"float32 does not resolve this gap: differences below {gap['rounding']:.1g} are rounding of the objective, "

@@ -11,7 +11,8 @@ mean and row by row:
 
   ``L*`` the lowest value that anyone found for the row. Source of this test: Moré & Wild (2009), section 2.
 
-A row that never gets there counts as infinite: it is in every median and share, and in the pictures.
+A row that never gets there counts as infinite: it is in every median and share, and in the pictures. Where the problem has
+constraints the value of a point that is not feasible is infinite, whoever found it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from amortized.contract import (
     CommonDraws,
     Context,
     Problem,
+    constrained,
     evaluate,
     feasible_value,
     is_random,
@@ -55,7 +57,7 @@ class Curve(NamedTuple):
     evaluations: Tensor
     """``(R,)``, of the objective (with its gradient where the solver uses one), for each row."""
     values: Tensor
-    """The best values so far, ``(R, B)``."""
+    """The best values so far, ``(R, B)``; infinite in rows that are not feasible yet."""
 
 
 class Budget(NamedTuple):
@@ -64,9 +66,9 @@ class Budget(NamedTuple):
     network_seconds: float
     """Median time of one forward pass of the batch."""
     network: Tensor
-    """``L`` of the prediction, ``(B,)``."""
+    """``L`` of the prediction, ``(B,)``; infinite where it is not feasible."""
     start: Tensor
-    """``L`` of the cold start, ``(B,)``."""
+    """``L`` of the cold start, ``(B,)``; infinite where it is not feasible."""
     cold: list[Curve]
     """One for each rival."""
     warm: list[Curve]
@@ -80,9 +82,12 @@ class Budget(NamedTuple):
 
     @property
     def finite(self) -> Tensor:
-        """The rows ``(B,)`` on which the network and every run ended with a finite value: those of the means."""
-        ends = torch.stack([self.network, *(curve.values[-1] for curve in self.cold + self.warm)])
-        return ends.isfinite().all(0)
+        """The rows ``(B,)`` on which the network and every run ended with a finite value: those of the means.
+
+        A run that ended so on no row at all has no mean, and no say.
+        """
+        runs = [curve.values[-1] for curve in self.cold + self.warm]
+        return torch.stack([self.network, *(end for end in runs if end.isfinite().any())]).isfinite().all(0)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the finite rows of values ``(..., B)``."""
@@ -198,8 +203,13 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def default_rivals(solver: Solver) -> dict[str, Solver]:
-    """The stated grid: the solver that measures the gap, and Adam at four step sizes, 200 steps each."""
+def default_rivals(problem: Problem, solver: Solver) -> dict[str, Solver]:
+    """The stated grid: the solver that measures the gap, and Adam at four step sizes, 200 steps each.
+
+    Where the problem has constraints, the solver alone: what ignores them is no rival.
+    """
+    if constrained(problem):
+        return {type(solver).__name__: solver}
     adams: dict[str, Solver] = {f"Adam {lr:g}": Adam(steps=200, lr=lr) for lr in (0.01, 0.03, 0.1, 0.3)}
     return {type(solver).__name__: solver, **adams}
 
@@ -208,6 +218,8 @@ def measure_budget(
     problem: AmortizedModule, a: Context, rivals: dict[str, Solver], repeats: int = 5, tol: float = 1e-3
 ) -> Budget:
     """Time the network and each rival, cold and from the prediction, on one batch; all warmed up, one synchronised clock.
+
+    A rival started from the prediction has the multipliers that the model predicts, where it does; their time counts.
 
     A random objective has the same fixed draws on all sides, which favours the solvers: they fit those draws, the
     network does not. What the recording itself takes is not counted against the rivals. One that will not win is given up
@@ -225,22 +237,30 @@ def measure_budget(
     """
     problem, a = at_least_float32(problem, a)
     with torch.no_grad():
-        b = problem(a)
+        b, dual = problem(a), problem.dual(a)
         device = b.device
         forward = statistics.median(_seconds(lambda: problem(a), device) for _ in range(repeats))
+        more = (
+            statistics.median(_seconds(lambda: problem.dual(a), device) for _ in range(repeats))
+            if dual is not None
+            else 0.0
+        )
     b = b.to(torch.promote_types(b.dtype, torch.float32))
     start = problem.initial(a).to(b.dtype)
     search = CommonDraws(problem, stream_seed(0, "budget", 0)) if is_random(problem, b, a) else problem
-    network, begun = (evaluate(search, x, a).double().cpu() for x in (b, start))
+    network, begun = (feasible_value(search, x, evaluate(search, x, a), a).double().cpu() for x in (b, start))
     look = statistics.median(_seconds(lambda: evaluate(search, start, a), device) for _ in range(repeats))
     cold: list[Curve] = []
     warm: list[Curve] = []
     budget = Budget(forward, network, begun, cold, warm, "", math.nan, tol)
     for name, solver in rivals.items():
         _trace(solver, search, take(a, slice(0, 2)), start[:2])  # warms up
-        for curves, point, value, before in ((cold, start, begun, 0.0), (warm, b, network, forward)):
+        for curves, point, y, value, before in (
+            (cold, start, None, begun, 0.0),
+            (warm, b, dual, network, forward + more),
+        ):
             hopeless = beaten(budget, curves) if curves else None
-            run = Curve(name, curves is warm, *_trace(solver, search, a, point, hopeless))
+            run = Curve(name, curves is warm, *_trace(solver, search, a, point, y, hopeless))
             curves.append(_begin(run, value, look, before))
 
     def rank(curve: Curve) -> tuple[float, float]:
@@ -298,7 +318,12 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _trace(
-    solver: Solver, problem: Problem, a: Context, start: Tensor, hopeless: Hopeless | None = None
+    solver: Solver,
+    problem: Problem,
+    a: Context,
+    start: Tensor,
+    dual: Tensor | None = None,
+    hopeless: Hopeless | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Seconds ``(R,)``, evaluations ``(R,)`` and values ``(R, B)`` after each of R rounds, the last where it is hopeless."""
     seconds: list[float] = []
@@ -318,7 +343,7 @@ def _trace(
 
     started = clock(start.device)
     with contextlib.suppress(_Beaten):
-        found = solver.solve(problem, a, start, trace=record)
+        found = solver.solve(problem, a, start, dual=dual, trace=record)
         if not values:  # no round was needed
             record(int(found.evaluations.max()), found.b, found.value)
     return torch.tensor(seconds, dtype=torch.float64), torch.tensor(evaluations), torch.stack(values)

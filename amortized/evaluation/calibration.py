@@ -8,12 +8,14 @@ tolerance and one for others, so that each bound is for contexts that take that 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from amortized.certificates import Certificate, Duality
 from amortized.certificates.conformal import ASSUMPTION, Conformal, calibrate, squared_gradient
 from amortized.certificates.likeness import Likeness, features, fit_likeness
 from amortized.contexts.data_module import ContextDataModule
@@ -42,14 +44,19 @@ class Calibration(NamedTuple):
 
     def state(self) -> dict[str, Any]:
         """As plain values and tensors, for a checkpoint."""
-        parts = {name: part._asdict() for name, part in self._asdict().items() if name != "gap"}
-        return {"assumption": ASSUMPTION, "gap": self.gap} | parts
+        parts = {name: dataclasses.asdict(part) for name, part in self._asdict().items() if isinstance(part, Conformal)}
+        return {"assumption": ASSUMPTION, "gap": self.gap, "likeness": self.likeness._asdict()} | parts
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Calibration:
         """From :meth:`state`."""
         parts = {name: Conformal(**state[name]) for name in cls._fields if name not in ("likeness", "gap")}
         return cls(**parts, likeness=Likeness(**state["likeness"]), gap=state["gap"])
+
+
+def proof_for(problem: AmortizedModule) -> Certificate | None:
+    """A certificate of the problem's own, which holds for every context: that of its structure, if it has one."""
+    return Duality() if hasattr(problem, "program") else None
 
 
 class _Gaps(NamedTuple):

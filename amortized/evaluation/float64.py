@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -31,17 +32,16 @@ def _is_half(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16)
 
 
-class _Method(nn.Module):
-    def __init__(self, problem: nn.Module, name: str) -> None:
+class _Call(nn.Module):
+    def __init__(self, problem: nn.Module, function: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.problem, self.name = problem, name
+        self.problem, self.function = problem, function
 
     def forward(self, *args: Any) -> Tensor:
-        value: Tensor = getattr(self.problem, self.name)(*args)
-        return value
+        return self.function(self.problem, *args)
 
 
-def in_float64(problem: Any, name: str = "objective") -> Callable[..., Tensor | None]:
+def in_float64(problem: Any, of: str | Callable[..., Tensor] = "objective") -> Callable[..., Tensor | None]:
     """A method of a module, called without a graph and with all that is floating point in float64: what the module holds too.
 
     A difference of two float32 values has their rounding: at values of 1e8 nothing below 8 can be seen in it. What this returns
@@ -49,15 +49,15 @@ def in_float64(problem: Any, name: str = "objective") -> Callable[..., Tensor | 
 
     Args:
         problem: the module; anything else that has the method gets its arguments in float64.
-        name: of the method, which takes solutions and contexts.
+        of: the method's name, or a function of the problem; its further arguments are solutions and contexts.
     """
-    method: Callable[..., Any] = getattr(problem, name)
+    function: Callable[..., Any] = (lambda p, *args: getattr(p, of)(*args)) if isinstance(of, str) else of
+    method = functools.partial(function, problem)
     if isinstance(problem, nn.Module):
-        whole = _Method(problem, name)
+        whole = _Call(problem, function)
         held = {key: _double(x) for key, x in (*whole.named_parameters(), *whole.named_buffers())}
 
-        def method(*args: Any) -> Any:
-            return functional_call(whole, held, args)
+        method = functools.partial(_called, whole, held)
 
     def call(*args: Context) -> Tensor | None:
         try:
@@ -68,6 +68,10 @@ def in_float64(problem: Any, name: str = "objective") -> Callable[..., Tensor | 
         return value if isinstance(value, Tensor) and value.dtype == torch.float64 else None
 
     return call
+
+
+def _called(whole: nn.Module, held: dict[str, Tensor], *args: Any) -> Any:
+    return functional_call(whole, held, args)
 
 
 def _double(x: Tensor) -> Tensor:

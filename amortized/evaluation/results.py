@@ -89,6 +89,36 @@ class SolverUsed:
 
     advice: str | None
     """What to change first about the measurement: see :func:`~amortized.evaluation.advice.advice`."""
+    name: str | None = None
+    """Its class."""
+    chosen_by: str | None = None
+    """What of the problem it was chosen by, where none was named: ``program``, ``smooth and prox``, ..."""
+    best_known: int | None = None
+    """Rows whose reference is of an earlier run, where the best solutions are kept (``gap.best_known``)."""
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What became of the constraints, as in :func:`~amortized.evaluation.metric.feasibility`; violations in their units.
+
+    The means, quantiles and errors of the gap are then over contexts on which both sides are feasible.
+    """
+
+    tolerance: float
+    """The violation up to which a solution counts as feasible."""
+    violation_mean: float | None
+    violation_p95: float | None
+    violation_max: float | None
+    feasible: float
+    """The fraction of feasible predictions."""
+    reference_feasible: float
+    """The fraction of contexts with a feasible reference."""
+    unsolved: float
+    """The fraction without one."""
+    impossible: float
+    """Of all, the fraction that the solver proved to have no solution."""
+    all_mean: float | None
+    """The mean gap over all contexts, feasible or not: it says nothing but how the objective alone compares."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +131,8 @@ class Evaluation:
     decomposition: dict[str, float | None] | None
     """Only where the problem declares its optimum: ``total``, ``amortization``, ``solver`` and ``approximation``, each with
     ``*_stderr``, in the objective's unit: see :func:`~amortized.evaluation.metric.decomposition`."""
+    constraints: Constraints | None
+    """Only where the problem has constraints."""
 
     @staticmethod
     def groups(statistics: dict[str, float]) -> dict[str, Any]:
@@ -108,11 +140,14 @@ class Evaluation:
         found = finite(statistics)
         rows: dict[str, Any] = {f.name: statistics[f.name] for f in dataclasses.fields(Rows)}
         terms = {k.removeprefix("decomposition/"): v for k, v in found.items() if k.startswith("decomposition/")}
+        bound = {f.name: found.get(f.name.replace("violation_", "violation/")) for f in dataclasses.fields(Constraints)}
+        bound |= {"tolerance": found.get("violation/tolerance"), "all_mean": found.get("all/mean")}
         return {
             "objective": Objective(network=found["network"], solver=found["reference"]),
             "gap": Gap(**{f.name: found[f.name] for f in dataclasses.fields(Gap)}),
             "rows": Rows(**rows | {"total": int(rows["total"])}),
             "decomposition": terms or None,
+            "constraints": Constraints(**bound) if bound["tolerance"] is not None else None,  # type: ignore[arg-type]
         }
 
     @staticmethod
@@ -120,7 +155,8 @@ class Evaluation:
         """The fields, from their groups in ``results.json``."""
         kinds = {"objective": Objective, "gap": Gap, "rows": Rows}
         return {name: kind(**found[name]) for name, kind in kinds.items()} | {
-            "decomposition": found.get("decomposition")
+            "decomposition": found.get("decomposition"),
+            "constraints": Constraints(**found["constraints"]) if "constraints" in found else None,
         }
 
 
@@ -142,14 +178,14 @@ class Results(Evaluation):
         statistics: dict[str, float],
         budget: Budget | None = None,
         evaluations: dict[str, dict[str, float]] | None = None,
-        advice: str | None = None,
+        solver: SolverUsed | None = None,
         measurements: dict[str, dict[str, Any]] | None = None,
     ) -> Results:
         """From the statistics of the gap, those on each further set of contexts, and what else was measured."""
         return cls(
             **cls.groups(statistics),
             time=Time(**finite(budget.summary())) if budget is not None else Time(),
-            solver=SolverUsed(advice),
+            solver=solver or SolverUsed(None),
             evaluations={name: Evaluation(**cls.groups(s)) for name, s in (evaluations or {}).items()},
             measurements={name: finite(values) for name, values in (measurements or {}).items()},
         )
@@ -186,10 +222,15 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def worst_rows(worst: Cases | None) -> list[dict[str, float]]:
-    """Index in the test set, objective of network and solver, and gap of the worst contexts, the worst first."""
+    """Index in the test set, objective of network and solver, and gap of the worst contexts, the worst first.
+
+    Where there are constraints, the violation of both too.
+    """
     if worst is None:
         return []
     r = worst.rows
     columns = {"index": r.index, "network": r.network, "solver": r.reference, "gap": r.gap, "converged": r.converged}
+    if r.constrained:
+        columns |= {"violation": r.violation, "solver_violation": r.reference_violation}  # type: ignore[dict-item]
     listed = {name: column.tolist() for name, column in columns.items()}
     return [dict(zip(listed, values, strict=True)) for values in zip(*listed.values(), strict=True)]

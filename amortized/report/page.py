@@ -13,6 +13,11 @@ CAPTIONS = {
         "The amortization gap",
         "How far the prediction is above the best that the solver finds, for each context.",
     ),
+    "violation": (
+        "Gap and violation",
+        "Each context that has a feasible solution: how far the prediction is above it, against what it violates. A point "
+        "right of the dotted line is infeasible: its gap means nothing, though it be below 0.",
+    ),
     "budget": (
         "Time and evaluations",
         "Solid: solvers started cold. Dashed: the same from the prediction, the network's time included. Star and dotted "
@@ -25,7 +30,8 @@ CAPTIONS = {
     ),
     "worst": (
         "The worst contexts",
-        "Those of the test with the largest gap, the largest first; * marks no finite gap.",
+        "Those of the test with the largest gap, the largest first; * marks no finite gap. Where there are constraints, "
+        "infeasible predictions come first, and last what no solver solved.",
     ),
 }
 """The sections with pictures, in their order."""

@@ -76,8 +76,8 @@ def _points(lines: list[dict[str, str]], name: str) -> tuple[list[int], list[flo
 
 
 def draw_gap(rows: GapRows, objective: str) -> Figure:
-    """Histogram of the gap over contexts, with its mean, median and 95th percentile."""
-    gap = rows.gap[torch.isfinite(rows.gap)].cpu()
+    """Histogram of the gap over contexts, with its mean, median and 95th percentile; with constraints of the feasible ones."""
+    gap = rows.gap[rows.comparable].cpu()
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     if len(gap):
@@ -89,9 +89,28 @@ def draw_gap(rows: GapRows, objective: str) -> Figure:
         ):
             axes.axvline(float(value), color="black", linestyle=style, linewidth=1, label=f"{name} {float(value):.3g}")
         axes.legend(frameon=False)
-    lost = len(rows.gap) - len(gap)
+    lost, why = len(rows.gap) - len(gap), "not feasible" if rows.constrained else "diverged"
     axes.set(xlabel=f"gap: {objective} of network minus solver", ylabel="contexts")
-    axes.set_title(f"Amortization gap on {len(gap)} contexts" + (f" ({lost} diverged, not shown)" if lost else ""))
+    axes.set_title(f"Amortization gap on {len(gap)} contexts" + (f" ({lost} {why}, not shown)" if lost else ""))
+    return figure
+
+
+def draw_violation(rows: GapRows, objective: str) -> Figure | None:
+    """The gap of each context against the violation of its prediction; ``None`` without constraints."""
+    if not rows.constrained or rows.violation is None or rows.tolerance is None:
+        return None
+    shown = rows.gap.isfinite() & rows.violation.isfinite() & rows.solved
+    tol = float(rows.tolerance[~rows.tolerance.isnan()][0])
+    x, y, feasible = (v[shown].cpu() for v in (rows.violation.clamp(min=1e-6 * tol), rows.gap, rows.feasible))
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for which, color, label in ((feasible, "#1f4e8c", "feasible"), (~feasible, "#e07b39", "infeasible")):
+        axes.plot(x[which], y[which], ".", color=color, label=f"{label}: {int(which.sum())}")
+    axes.axvline(tol, color="black", linewidth=0.8, linestyle=":")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="violation of the prediction", ylabel=f"gap: {objective}")
+    axes.set_title(f"Gap against violation; dotted: feasible within {tol:g}")
+    axes.legend(frameon=False)
     return figure
 
 

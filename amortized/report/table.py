@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from amortized.evaluation.results import Results
+from amortized.evaluation.results import Evaluation, Results
 
 
 def lines(found: Results, objective: str) -> list[tuple[str, str]]:
@@ -14,7 +14,7 @@ def lines(found: Results, objective: str) -> list[tuple[str, str]]:
     rows = [
         (f"{objective}, network", _number(o.network)),
         (f"{objective}, solver", _number(o.solver)),
-        ("amortization gap, mean ± standard error", f"{_number(g.mean)} ± {_number(g.stderr)}"),
+        ("amortization gap, mean ± standard error", _mean(found)),
         ("                  median", _number(g.median)),
         ("                  95th percentile", _number(g.p95)),
         *([("                  relative", _relative(g.relative))] if g.relative is not None else []),
@@ -22,6 +22,7 @@ def lines(found: Results, objective: str) -> list[tuple[str, str]]:
         ("rows diverged", f"{r.diverged:.1%}"),
         ("rows where the cold solver lost to the network", f"{r.lost:.1%}"),
     ]
+    rows += _constraints(found)
     if g.noise:
         rows.insert(3, ("                  of that error, noise of the draws", _number(g.noise)))
     if d := found.decomposition:
@@ -37,9 +38,14 @@ def lines(found: Results, objective: str) -> list[tuple[str, str]]:
     for name, e in found.evaluations.items():
         rows += [
             (f"on {e.rows.total} {name} contexts: {objective}, network", _number(e.objective.network)),
-            ("    amortization gap, mean ± standard error", f"{_number(e.gap.mean)} ± {_number(e.gap.stderr)}"),
+            ("    amortization gap, mean ± standard error", _mean(e)),
             ("    rows converged, diverged, lost", f"{e.rows.converged:.1%} {e.rows.diverged:.1%} {e.rows.lost:.1%}"),
+            *((f"    {label}", value) for label, value in _constraints(e)),
         ]
+    if found.solver.chosen_by not in (None, "objective"):
+        rows.append((f"solver, chosen by the problem's {found.solver.chosen_by}", f"{found.solver.name}"))
+    if found.solver.best_known is not None:
+        rows.append(("rows with a better solution from an earlier run", f"{found.solver.best_known}"))
     if t.network is not None and t.solver is not None:
         reached, space = t.equal_quality_ratio, " " * 4
         median, p95 = _ratio(t.row_ratio_median), _ratio(t.row_ratio_p95)
@@ -49,7 +55,11 @@ def lines(found: Results, objective: str) -> list[tuple[str, str]]:
             (f"{space}{t.rival}, to its end", f"{1e3 * t.solver:.3g} ms"),
             (
                 f"{space}{t.rival}, to the network's quality",
-                f"{reached:.3g}x the network's" if reached else "never reached",
+                f"{reached:.3g}x the network's"
+                if reached
+                else "no row to compare"
+                if t.not_finite == 1
+                else "never reached",
             ),
             (
                 f"{space}  each row's: median, 95 %, share never",
@@ -61,6 +71,32 @@ def lines(found: Results, objective: str) -> list[tuple[str, str]]:
                 f"{_count(t.evaluations_saved)}; {t.rows_never_solved_cold:.1%}, {t.rows_never_solved_warm:.1%}",
             ),
         ]
+    return rows
+
+
+def _mean(found: Evaluation) -> str:
+    if found.constraints is not None and found.gap.mean is None:
+        return "none: no row is feasible on both sides"
+    return f"{_number(found.gap.mean)} ± {_number(found.gap.stderr)}"
+
+
+def _constraints(found: Evaluation) -> list[tuple[str, str]]:
+    """What to know of the constraints, where there are some."""
+    c = found.constraints
+    if c is None:
+        return []
+    off = ", ".join(
+        "not finite" if x is None else f"{x:.2g}" for x in (c.violation_mean, c.violation_p95, c.violation_max)
+    )
+    rows = [
+        (f"rows feasible within {c.tolerance:g}: network, solver", f"{c.feasible:.1%}, {c.reference_feasible:.1%}"),
+        ("violation of the network: mean, 95 %, largest", off),
+    ]
+    if c.unsolved:
+        proved = f" ({c.impossible:.1%} proved to have none)" if c.impossible else ""
+        rows.append(("rows without a feasible solution, left out", f"{c.unsolved:.1%}{proved}"))
+    if c.feasible < 1:
+        rows.append(("gap of all rows, feasible or not: no measure", _number(c.all_mean)))
     return rows
 
 
@@ -88,7 +124,11 @@ def cards(found: Results, objective: str) -> list[tuple[str, str, str]]:
     o, g, r, t = found.objective, found.gap, found.rows, found.time
     relative = f"{_relative(g.relative)} of the solver's {objective}; " if g.relative is not None else ""
     shown = [
-        ("Amortization gap, mean", _number(g.mean), f"± {_number(g.stderr)}; median {_number(g.median)}"),
+        (
+            "Amortization gap, mean",
+            _number(g.mean) if g.mean is not None or not found.constraints else "none",
+            f"± {_number(g.stderr)}; median {_number(g.median)}",
+        ),
         ("Mean objective, network", _number(o.network), f"{objective}; solver {_number(o.solver)}"),
         (
             "Rows converged",
@@ -97,6 +137,10 @@ def cards(found: Results, objective: str) -> list[tuple[str, str, str]]:
         ),
     ]
     shown[0] = (*shown[0][:2], relative + shown[0][2])
+    if c := found.constraints:
+        off = "not finite" if c.violation_max is None else f"{c.violation_max:.2g}"
+        told = f"of the predictions, within {c.tolerance:g}; largest violation {off}; solver {c.reference_feasible:.1%}"
+        shown.insert(2, ("Rows feasible", f"{c.feasible:.1%}", told))
     if t.network is not None:
         reached = t.equal_quality_ratio
         shown += [

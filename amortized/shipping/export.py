@@ -164,7 +164,7 @@ def _program(graph: Graph, given: list[Tensor], name: str) -> Any:
     logging.getLogger("torch._export").setLevel(logging.ERROR)
     try:
         traced = make_fx(graph, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*given)
-        with fx_config.patch(backed_size_oblivious=True):  # so that one row is a batch too
+        with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # one row is a batch too
             free: Any = tuple({0: torch.export.Dim.DYNAMIC} for _ in given)
             return torch.export.export(traced, tuple(given), dynamic_shapes=free, strict=False)
     except Exception as error:
@@ -224,7 +224,8 @@ def _compare(graph: Graph, path: Path, a: Context, names: list[str], random: boo
     expected = [x.numpy() for x in graph(*leaves(a))]
     with tempfile.TemporaryDirectory() as folder:
         given, found = (str(Path(folder, name)) for name in ("given.npz", "found.npz"))
-        np.savez(given, **dict(zip(names, [leaf.numpy() for leaf in leaves(a)], strict=True)))
+        arrays: dict[str, Any] = dict(zip(names, [leaf.numpy() for leaf in leaves(a)], strict=True))
+        np.savez(given, **arrays)
         run = subprocess.run(
             [sys.executable, "-c", RUNNER, str(path.absolute()), given, found, "0"],
             capture_output=True,

@@ -137,7 +137,7 @@ class Service:
             columns, notes = await asyncio.wait_for(self.answer(contexts), self.limits.timeout)
             if NPZ in request.headers.get("accept", ""):
                 packed = io.BytesIO()
-                np.savez(packed, **columns)
+                np.savez(packed, **columns)  # type: ignore[arg-type]
                 return Response(packed.getvalue(), media_type=NPZ)
             return await run_in_threadpool(answer, 200, columns | {"notes": notes})
         except Refused as error:

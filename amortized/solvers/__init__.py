@@ -16,6 +16,8 @@ few unknowns, twice differentiable            :class:`Newton`
 ``update``: a fixed point                     :class:`Anderson`
 ============================================  =====================================================================
 
+:func:`solver_for` chooses by what the problem has.
+
 To refine a prediction inside ``forward``: :class:`LearnedUpdate`, :class:`GradientDescent`, :class:`Adam`,
 :class:`FISTA`, :class:`Anderson`, or the quasi-Newton solvers; or any solver at all inside :class:`Implicit`, which
 differentiates where it ends instead of the way there. For a single problem (B = 1) use
@@ -36,6 +38,7 @@ from amortized.solvers.smooth.gradient_descent import GradientDescent
 from amortized.solvers.smooth.lbfgs import LBFGS
 from amortized.solvers.smooth.learned_update import LearnedUpdate
 from amortized.solvers.smooth.newton import Newton
+from amortized.solvers.structure import solver_for
 from amortized.solvers.structured.admm import ADMM
 from amortized.solvers.structured.augmented_lagrangian import AugmentedLagrangian
 from amortized.solvers.structured.fista import FISTA
@@ -64,5 +67,6 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "solver_for",
     "tune",
 ]
