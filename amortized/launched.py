@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lightning import Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from amortized.contract import ProblemError
+from amortized.lightning_private import launches_processes
 
 OneLine: TypeAlias = Callable[[Exception], str | None]
 """What a person must know of a fault that is theirs to mend; ``None`` for one of ours."""
@@ -20,10 +20,10 @@ OneLine: TypeAlias = Callable[[Exception], str | None]
 
 def tell_faults(trainer: Trainer, one_line: OneLine) -> None:
     """Where the trainer launches processes, raise a fault of any of them here, as a :class:`ProblemError` of its one line."""
-    launcher = trainer.strategy.launcher
-    if isinstance(launcher, _MultiProcessingLauncher):
+    if launches_processes(trainer):
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it names the processes that it ends
-        launcher.launch = _Launch(launcher, one_line)  # type: ignore[method-assign]
+        launcher = trainer.strategy.launcher
+        launcher.launch = _Launch(launcher, one_line)  # type: ignore[method-assign, union-attr]
 
 
 class _Launch:

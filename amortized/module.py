@@ -31,6 +31,7 @@ from amortized.contexts.data_module import ContextDataModule, evaluation_names
 from amortized.contract import (
     Context,
     ProblemError,
+    check_constraints,
     check_objective,
     check_support,
     constrained,
@@ -44,7 +45,7 @@ from amortized.contract import (
 )
 from amortized.contract.faults import describe, known_cause
 from amortized.finite import FiniteUpdates
-from amortized.lean import LeanModule
+from amortized.lightning_private import LeanModule, logs_now, trainer_of
 from amortized.losses.objective import Loss, ObjectiveLoss
 from amortized.rebuild import rebuild
 from amortized.solvers.base import Solver
@@ -143,6 +144,10 @@ class AmortizedModule(LeanModule, abc.ABC):
         """What the model may see of a context; all of it, unless the problem hides a part (a query set, a label)."""
         return a
 
+    def prepare(self, a: Context) -> Context:
+        """What the objective needs of a context, worked out once before solvers search: what shared layers make of images."""
+        return a
+
     def dual(self, a: Context) -> Tensor | None:
         """The multipliers that the model predicts, ``(B, m)``, for solvers started from its prediction; ``None``: it has none."""
         return None
@@ -205,7 +210,7 @@ class AmortizedModule(LeanModule, abc.ABC):
             for k, contexts in enumerate(earlier):
                 self._update(contexts, optimizer, self._number(batch_idx, k, len(earlier) + 1))
         loss = self.finite_updates.mean(self, a, self._number(batch_idx, len(earlier), len(earlier) + 1))
-        if self.trainer._logger_connector.should_update_logs:  # logging costs more than a small network's step
+        if logs_now(self.trainer):
             self.finite_updates.look(self)
             self.log("train/loss", loss.detach(), sync_dist=True)
             if self.finite_updates.action == "skip":
@@ -259,9 +264,8 @@ class AmortizedModule(LeanModule, abc.ABC):
     def predict_step(self, a: Context, batch_idx: int) -> dict[str, Any]:
         """The predictions and their objectives, which rows of them are ``finite``, and the decoded solutions of those.
 
-        Of a problem with constraints their ``violation`` too.
-
-        A context with a NaN is not shown to the model: its prediction is NaN, those of the other rows are as without it.
+        Of a problem with constraints their ``violation`` too. A context with a NaN is not shown to the model: its prediction is
+        NaN, those of the other rows are as without it. Where no row is finite, nothing is decoded: ``None``.
         """
         check_support(self, a)
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
@@ -270,7 +274,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         objective = evaluate(self, b, known)
         b, objective = _filled(b, given), _filled(objective, given)
         finite = rows_where(torch.isfinite, b) & objective.isfinite()
-        decoded = self.decode(take(b, finite), take(a, finite))
+        decoded = self.decode(take(b, finite), take(a, finite)) if finite.any() else None
         found = {"b": b, "objective": objective, "finite": finite, "decoded": decoded}
         if constrained(self):
             with torch.no_grad():
@@ -289,8 +293,9 @@ class AmortizedModule(LeanModule, abc.ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the loss has learned matters to training alone: a test may have another loss."""
         rows, self.finite_updates.updates = checkpoint.get(SKIPPED, (0, 0))
-        self.finite_updates.rows = rows if self._trainer is None or self.trainer.is_global_zero else 0
-        if self._trainer is None or self._trainer.state.fn != "fit":
+        trainer = trainer_of(self)
+        self.finite_updates.rows = rows if trainer is None or trainer.is_global_zero else 0
+        if trainer is None or trainer.state.fn != "fit":
             weights, own = checkpoint["state_dict"], self.state_dict()
             kept = {key: value for key, value in weights.items() if not key.startswith("loss.")}
             checkpoint["state_dict"] = kept | {key: value for key, value in own.items() if key.startswith("loss.")}
@@ -338,6 +343,7 @@ class AmortizedModule(LeanModule, abc.ABC):
     def on_validation_epoch_start(self) -> None:
         names = evaluation_names(self.trainer)
         self._objective_means = [MeanMetric(nan_strategy="disable").to(self.device) for _ in names]
+        self._bad_rows = MeanMetric().to(self.device)  # anew: a test's are inference tensors, which a fit cannot go on with
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -434,6 +440,9 @@ class AmortizedModule(LeanModule, abc.ABC):
             )
         with _told(f"{name}.objective fails on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}"):
             check_objective(self, b, a)
+        with _told(f"{name}'s constraints fail on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}"):
+            check_constraints(self, b, a)
+            violation(self, b, a)
 
 
 @contextlib.contextmanager

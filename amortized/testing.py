@@ -89,6 +89,16 @@ def rows_do_not_mix(module: AmortizedModule, data: ContextDataModule) -> None:
         torch.testing.assert_close(evaluate(module, b, a)[index], evaluate(module, b[index], take(a, index)))
 
 
+def no_rows_are_no_fault(module: AmortizedModule, data: ContextDataModule) -> None:
+    """A process that has nothing left to evaluate is given contexts without rows."""
+    a = take(some(data, "test"), slice(0, 0))
+    with torch.no_grad():
+        b = module(a)
+        assert b.shape == (0, *module.initial(some(data, "test")).shape[1:]), f"{b.shape} for no rows"
+        assert module.objective(b, a).shape == (0,)
+        module.predict_step(a, 0)
+
+
 def gradients_reach_every_parameter(module: AmortizedModule, data: ContextDataModule) -> None:
     """The training signal moves all that is to be trained."""
     module.amortized_step(some(data)).mean().backward()
@@ -227,6 +237,7 @@ CHECKS: dict[str, Check] = {
     for check in (
         shapes,
         rows_do_not_mix,
+        no_rows_are_no_fault,
         gradients_reach_every_parameter,
         training_lowers_the_loss,
         solver_never_worsens_a_row,

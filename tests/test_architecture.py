@@ -1,11 +1,15 @@
 """The house: imports run one way, no field knows another, and what is not needed is not loaded."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torchmetrics
+from lightning import LightningModule
+from lightning.pytorch.cli import LightningCLI
 
 ROOT = Path(__file__).parent.parent / "amortized"
 
@@ -14,8 +18,10 @@ FLOORS = [
     ["contract", "disk"],
     ["checkpoint"],
     ["rebuild"],
-    ["solvers", "networks", "contexts", "posteriors", "launched"],
-    ["losses", "lean", "finite", "certificates"],
+    ["solvers", "networks", "contexts", "posteriors"],
+    ["certificates"],
+    ["losses", "lightning_private", "finite"],
+    ["launched"],
     ["module"],
     ["evaluation"],
     ["testing", "report", "loggers"],
@@ -146,3 +152,29 @@ def test_a_misspelt_name_is_answered_with_the_one_meant():
     assert set(amortized.__all__) <= set(dir(amortized))
     for name in amortized.__all__:
         assert getattr(amortized, name).__name__ == name
+
+
+def test_private_names_of_lightning_are_in_one_file():
+    """And of no other package, but for two of the compiler's that PyTorch's documentation tells users to call."""
+    trees = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+    nodes = [(name, node) for name, tree in trees.items() for node in ast.walk(tree)]
+    ours = {node.name for _, node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    ours |= {node.attr for _, node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    ours |= {node.id for _, node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    allowed = {"_fields", "_asdict"}  # of a NamedTuple
+    used = {(name, node.attr) for name, node in nodes if isinstance(node, ast.Attribute) and node.attr not in ours}
+    used |= {
+        (name, part)
+        for name, node in nodes
+        if isinstance(node, ast.ImportFrom) and not node.module.startswith(("amortized", "__future__"))
+        for part in (*node.module.split("."), *(alias.name for alias in node.names))
+    }
+    private = {(name, x) for name, x in used if x.startswith("_") and not x.startswith("__")}
+    private = {(name, x) for name, x in private if name != "amortized.lightning_private" and x not in allowed}
+    counters = {("amortized.solvers.feasible.linear", "_version")}  # how often a tensor was changed in place
+    assert private == {("amortized.solvers.engine.compiled", "_dynamo")} | counters
+    overridden = {name for name in vars(torchmetrics.Metric) | vars(LightningCLI) if re.match("_[a-z]", name)}
+    overridden |= {name for name in vars(LightningModule) if re.match("_[a-z]", name)}
+    methods = {(n, x.name) for n, x in nodes if isinstance(x, ast.FunctionDef) and x.name in overridden}
+    mine = {"_run"}  # of a Metric of no kind
+    assert {name for name, method in methods if method not in mine} <= {"amortized.lightning_private"}

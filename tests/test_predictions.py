@@ -202,3 +202,20 @@ def test_processes_with_folders_of_their_own_write_into_that_of_the_first(model)
         assert [row["file"] for row in table()] == names
     else:
         assert np.load("out/predictions.npz")["b"].shape == (833, 3)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_batch_of_which_nothing_was_decoded_costs_itself_alone(bad):
+    """All rows of one batch, the first or another, are not finite; or of all, then nothing is decoded at all."""
+    values = torch.arange(6.0).reshape(6, 1).repeat(1, 3)
+    values[slice(2 * bad, 2 * bad + 2) if bad < 2 else slice(None)] = torch.nan
+    np.save("contexts.npy", values.numpy())
+    options = ["--data.predict=contexts.npy", "--data.eval_batch_size=2", "--ckpt_path=untrained", "--run_folder=run"]
+    main(["predict", "--model=toy.Quadratic", "--data=toy.Gaussians", "--trainer.accelerator=cpu", *options])
+    found = np.load("run/predictions.npz")
+    assert len(found["b"]) == len(found["objective"]) == len(found["name"]) == 6
+    known = ~values.isnan().any(1).numpy()
+    if bad == 2:
+        assert "decoded" not in found
+    else:
+        assert (np.isfinite(found["decoded"]).all(1) == known).all()

@@ -12,6 +12,7 @@ from amortized.contract import map_leaves, num_rows, value_and_grad
 from amortized.module import AmortizedModule
 from amortized.networks import (
     MLP,
+    ConvBlocks,
     ConvDecoder,
     ConvEncoder,
     DeepSet,
@@ -28,9 +29,14 @@ from amortized.problems import (
     CloudPotential,
     CloudTransport,
     ConditionalFlow,
+    FewShotClassification,
+    FewShotRegression,
     GaussianLinear,
     GaussianLinearPosterior,
+    GaussianProcesses,
+    GaussianProcessRegression,
     GeneratedImages,
+    Glyphs,
     HistogramPotential,
     HistogramTransport,
     ImagePairs,
@@ -41,6 +47,8 @@ from amortized.problems import (
     LotkaVolterra,
     MixtureClouds,
     NeuralPosterior,
+    NeuralProcess,
+    Prototypes,
     Simulations,
     Sinusoid,
     SinusoidContexts,
@@ -48,6 +56,7 @@ from amortized.problems import (
     SphereContexts,
     StylePairs,
     StyleTransfer,
+    Template,
     TwoMoons,
 )
 from amortized.problems.inference.evidence import AnnealedImportanceSampling
@@ -115,6 +124,22 @@ def flow_posterior(network, simulator, kind="spline"):
     return NeuralPosterior(network, ConditionalFlow(simulator.prior.dimension, 4, 2, [16], kind), simulator)
 
 
+def few_shot(network, adapt="all", **settings):
+    return FewShotRegression(network, Template(MLP(1, 1, [16, 16], "tanh"), adapt), **settings)
+
+
+def step_sizes(features):
+    return GradientDescent(2, 0.02, learn_lr=True, features=features)
+
+
+def letters(network, adapt="last", **settings):
+    return FewShotClassification(network, Template(ConvBlocks(28, 5, [8, 8, 8]), adapt), **settings)
+
+
+def normal(q):
+    return finite(q.mean) and (q.stddev > 0).all()
+
+
 BOWLS, SUPPORT = ["centres", "offsets"], ["support_x", "support_y"]
 CASES = {
     "sphere": Case(lambda: Sphere(MLP(16, 3)), SphereContexts, on_sphere),
@@ -122,6 +147,13 @@ CASES = {
     "sphere, refined": Case(lambda: Sphere(MLP(16, 3), refine=GradientDescent(2)), SphereContexts, on_sphere),
     "sinusoid": Case(lambda: Sinusoid(DeepSet(SUPPORT, 2, 321), 16), SinusoidContexts, finite),
     "MAML": Case(lambda: Sinusoid(LearnedInitialization(321), 16, refine=GradientDescent(2)), SinusoidContexts, finite),
+    "Meta-SGD": Case(lambda: few_shot(LearnedInitialization(321), refine=step_sizes(321)), SinusoidContexts, finite),
+    "ANIL": Case(lambda: few_shot(LearnedInitialization(17), "last", refine=GradientDescent(2, 0.02)), SinusoidContexts, finite),
+    "FiLM": Case(lambda: few_shot(DeepSet(SUPPORT, 2, 66), "film"), SinusoidContexts, finite),
+    "low rank": Case(lambda: few_shot(DeepSet(SUPPORT, 2, 264), "low_rank", refine=GradientDescent(2)), SinusoidContexts, finite),
+    "prototypes": Case(lambda: letters(Prototypes(5)), Glyphs, finite),
+    "prototypes, refined": Case(lambda: letters(Prototypes(5), refine=GradientDescent(2, 0.01)), Glyphs, finite),
+    "Gaussian process": Case(lambda: GaussianProcessRegression(NeuralProcess(features=16, layers=2)), GaussianProcesses, normal),
     "VAE": Case(lambda: vae(DiagonalGaussian(4)), Images, finite_density),
     "VAE, full": Case(lambda: vae(FullGaussian(4)), Images, finite_density),
     "VAE, flow": Case(lambda: vae(Flow(4, 2, 3)), Images, finite_density),

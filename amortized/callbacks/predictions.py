@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from amortized.contexts.data_module import ContextDataModule
-from amortized.contract import ProblemError
+from amortized.contract import ProblemError, feasibility_tol
 from amortized.module import AmortizedModule
 
 
@@ -27,6 +27,8 @@ def arrays(decoded: Any, name: str = "decoded") -> dict[str, np.ndarray]:
         return {
             f"{name}.{what}": array for what in ("mean", "stddev") for array in arrays(getattr(decoded, what)).values()
         }
+    if decoded is None:
+        return {}
     parts = decoded._asdict() if hasattr(decoded, "_asdict") else decoded
     if not isinstance(parts, dict):
         raise TypeError(
@@ -89,7 +91,8 @@ class PredictionWriter(Callback):
             folder = self._folder / "predictions"
             folder.mkdir(parents=True, exist_ok=True)
             known = finite["finite"]
-            files = pl_module.save(outputs["decoded"], [folder / name for name in names[known]])
+            paths = [folder / name for name in names[known]]
+            files = pl_module.save(outputs["decoded"], paths) if paths else []
             file = np.full(len(names), "", object)
             file[known] = [path.name for path in files]
             columns = {"file": file} | objective
@@ -110,7 +113,7 @@ class PredictionWriter(Callback):
             return
         batches.sort(key=lambda batch: batch[0])
         self._folder.mkdir(parents=True, exist_ok=True)
-        columns: dict[str, Any] = {key: np.concatenate([parts[key] for _, parts in batches]) for key in batches[0][1]}
+        columns = _concatenated([parts for _, parts in batches])
         finite = columns.pop("finite")
         if self._saves:
             with (self._folder / "predictions.csv").open("w", newline="") as table:
@@ -122,15 +125,33 @@ class PredictionWriter(Callback):
             path = self._folder / "predictions.npz"
             np.savez(path, **columns)
             print(f"{len(finite)} solutions written to {path}")
-        if lost := np.flatnonzero(~finite).tolist():
-            which = ", ".join(map(str, lost[:10])) + (", ..." if len(lost) > 10 else "")
-            verb = "is" if len(lost) == 1 else "are"
-            rank_zero_warn(f"{len(lost)} of {len(finite)} {verb} not finite: row {which}")
+        assert isinstance(pl_module, AmortizedModule)
+        _tell_rows(~finite, "not finite")
+        if "violation" in columns:
+            tol = feasibility_tol(pl_module)
+            _tell_rows(finite & ~(columns["violation"] <= tol), f"not feasible within {tol:g}")
+
+
+def _concatenated(batches: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """All rows of each column, NaN in those of a batch of which nothing was decoded."""
+    known = {key: column for parts in batches for key, column in parts.items()}
+    full = max(batches, key=len)
+    for parts in batches:
+        none = np.zeros(len(parts["finite"]), bool)
+        parts |= {key: _filled(column[:0], none) for key, column in known.items() if key not in parts}
+    return {key: np.concatenate([parts[key] for parts in batches]) for key in full}
+
+
+def _tell_rows(which: np.ndarray, what: str) -> None:
+    """Say of how many rows something holds, and of which."""
+    if rows := np.flatnonzero(which).tolist():
+        named = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+        rank_zero_warn(f"{len(rows)} of {len(which)} {'is' if len(rows) == 1 else 'are'} {what}: row {named}")
 
 
 def filled(rows: np.ndarray, given: np.ndarray) -> np.ndarray:
     """The ``given`` rows, in their places, and NaN in the others; integers become floats for it."""
-    if given.all():
+    if given.all() and len(rows) == len(given):
         return rows
     filled = np.full((len(given), *rows.shape[1:]), np.nan, np.result_type(rows, np.float32))
     filled[given] = rows

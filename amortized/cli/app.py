@@ -26,7 +26,7 @@ from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -44,6 +44,7 @@ from amortized.cli import ship
 from amortized.cli.differences import differences, named, same_class, without
 from amortized.cli.errors import UsageError
 from amortized.cli.help_text import COMMANDS, help_text, top_help
+from amortized.cli.next_steps import next_steps
 from amortized.cli.parsing import Parser, cause_of, full_options
 from amortized.cli.recipes import recipes, resolve_recipe
 from amortized.cli.slurm import requeue
@@ -52,7 +53,7 @@ from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import ProblemError, faults
 from amortized.evaluation.calibration import Calibration
 from amortized.launched import tell_faults
-from amortized.lean import Unprofiled, lean
+from amortized.lightning_private import CommandLine, Unprofiled, lean, log_from_step
 from amortized.loggers.csv import MetricsLogger
 from amortized.loggers.wandb import attempt, finish, log_checkpoint, wandb_logger
 from amortized.module import AmortizedModule
@@ -141,7 +142,7 @@ def recipe_of(text: str) -> dict[str, Any]:
     }
 
 
-class AmortizedCLI(LightningCLI):
+class AmortizedCLI(CommandLine):
     """The command line; see the module's docstring."""
 
     recipe = ""
@@ -200,7 +201,7 @@ class AmortizedCLI(LightningCLI):
         if command is None:
             print(top_help(), end="")
         else:
-            print(help_text(command, self._parser(command).format_help(), recipes(), *topics), end="")
+            print(help_text(command, self.parser_of(command).format_help(), recipes(), *topics), end="")
         raise SystemExit(0)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -245,8 +246,8 @@ class AmortizedCLI(LightningCLI):
             "--wandb_artifact", type=bool, default=False, help="Log the last checkpoint there as an artifact."
         )
 
-    def _parse_ckpt_path(self) -> None:
-        """Find, read and check the checkpoint before anything is built (Lightning would let it override the settings)."""
+    def read_checkpoint(self) -> None:
+        """Find, read and check the checkpoint before anything is built."""
         command = self.config.subcommand
         settings = self.config[command]
         given = settings.get("ckpt_path")
@@ -293,7 +294,7 @@ class AmortizedCLI(LightningCLI):
     def _check_recipe(self, path: Path, loaded: dict[str, Any]) -> None:
         """Refuse a checkpoint whose settings disagree with those of this command."""
         command = self.config.subcommand
-        given = recipe_of(self._parser(command).dump(self.config[command], skip_unset=False))
+        given = recipe_of(self.parser_of(command).dump(self.config[command], skip_unset=False))
         saved = checkpoint.recipe_in(path, loaded)
         classes = [recipe["model"]["class_path"] for recipe in (saved, given)]
         if not same_class(*classes):
@@ -474,15 +475,15 @@ class AmortizedCLI(LightningCLI):
         os.environ[RUN] = str(folder)
         return folder
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        settings = self.config_init[subcommand]
+    def run_command(self, command: str) -> None:
+        settings = self.config_init[command]
         if settings["ckpt_path"] == UNTRAINED:
             settings["ckpt_path"] = None
         for number in STOPS:
             signal.signal(number, self._interrupt)
         exit_code: Any = 1
         try:
-            super()._run_subcommand(subcommand)
+            super().run_command(command)
             exit_code = 0
         except ProcessExitedException as error:
             exit_code = error.exit_code
@@ -505,7 +506,9 @@ class AmortizedCLI(LightningCLI):
 
     def _sizes(self) -> str:
         """What was asked for that takes memory."""
-        settings = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
+        settings = yaml.safe_load(
+            self.parser_of(str(self.subcommand)).dump(self.config[self.subcommand], skip_unset=False)
+        )
         data = settings["data"].get("init_args", {})
         asked = {f"data.{name}": data.get(name) for name in ("batch_size", "eval_batch_size")}
         asked["budget.contexts"] = settings["budget"]["contexts"]
@@ -533,7 +536,7 @@ class AmortizedCLI(LightningCLI):
             steps = last.step
         self._certify(last)
         # One less, where all steps were made before the run resumed.
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = steps
+        log_from_step(self.trainer, steps)
         # Under SLURM Lightning would take the weights of a requeue checkpoint that it wrote itself, however old.
         weights = last.path if SLURMEnvironment.detect() else None
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=weights, verbose=False)
@@ -541,6 +544,7 @@ class AmortizedCLI(LightningCLI):
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     attempt(logger, log_checkpoint, logger, last.path)
+        say(next_steps(Path(self.trainer.default_root_dir)))
 
     def _certify(self, last: checkpoint.Newest) -> None:
         """Calibrate what the trained model's answers lack, and keep that in its last checkpoint."""
@@ -555,7 +559,7 @@ class AmortizedCLI(LightningCLI):
 def recipe_config(cli: AmortizedCLI) -> dict[str, Any]:
     """Every setting of the run, as plain values."""
     command = str(cli.subcommand)
-    settings: dict[str, Any] = yaml.safe_load(cli._parser(command).dump(cli.config[command], skip_unset=False))
+    settings: dict[str, Any] = yaml.safe_load(cli.parser_of(command).dump(cli.config[command], skip_unset=False))
     return settings
 
 

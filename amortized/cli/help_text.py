@@ -67,6 +67,12 @@ COMMANDS = {
     "serve": "solve contexts that come by HTTP",
     "solve": "solve any number of contexts, each with a certificate, into a folder of shards",
 }
+STARTING = {
+    "list": "the recipes that come with it: what each shows, how long it takes, its gap",
+    "copy": "a recipe as a file of yours, to change",
+    "new": "a problem of your own: its file, recipe and test, to change",
+}
+"""Commands that are answered at once."""
 
 
 def top_help() -> str:
@@ -75,6 +81,8 @@ def top_help() -> str:
         "Amortized optimization: train a network to solve min_b L(b; a) for any context a, and measure what it lacks."
     )
     about = f"{about} {IMPORTS}"
-    commands = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
+    first, commands = ([f"  {name:<10}{what}" for name, what in some.items()] for some in (STARTING, COMMANDS))
     start = ["usage: amortized COMMAND -c RECIPE [--SETTING VALUE ...]", "", *textwrap.wrap(about, 80), ""]
-    return "\n".join([*start, "commands:", *commands, "", "amortized COMMAND --help tells more.", ""])
+    more = ["amortized COMMAND --help tells more; amortized --version says which this is.", ""]
+    more += ["first: amortized fit -c vae_digits     half a minute, no data or account needed", ""]
+    return "\n".join([*start, "to start:", *first, "", "to work:", *commands, "", *more])

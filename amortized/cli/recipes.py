@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 from amortized.cli.errors import UsageError, close
+
+
+class Header(NamedTuple):
+    """What the comment that a recipe opens with says."""
+
+    shows: str
+    """Its first sentence."""
+    time: str
+    """How long it takes to train, on what."""
+    gap: str
+    """What to expect, with its tolerance."""
+    needs: str
+    """Files or packages that a plain installation does not have; empty if there are none."""
 
 
 def recipe_folder() -> Path:
@@ -32,3 +47,22 @@ def resolve_recipe(name: str) -> str:
     raise UsageError(
         f"no recipe {name!r}{close(name, known)}; there are {', '.join(known)}, or give the path of a YAML file"
     )
+
+
+def comment(path: Path) -> str:
+    """The comment that a recipe opens with, in one line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    top = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return " ".join(line.removeprefix("#").strip() for line in lines[:top])
+
+
+def header(path: Path) -> Header:
+    """The parts of a recipe's :func:`comment`; what it does not say is empty."""
+    text = comment(path)
+    found = {
+        "shows": re.match(r"(.+?(?<! al)\.)(?:\s|$)", text),
+        "time": re.search(r"about ([\d.]+ (?:s|min) on (?:one core|a GPU|\d+ cores))", text),
+        "gap": re.search(r"expected gap: ([\d.e-]+ ± [\d.e-]+)", text),
+        "needs": re.search(r"(?:^|[.;] |  )[Nn]eeds (.+?)(?: \(|[.;,]|$)", text),
+    }
+    return Header(**{name: match[1] if match else "" for name, match in found.items()})

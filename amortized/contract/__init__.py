@@ -4,7 +4,7 @@ A problem is any object with ``objective(b, a) -> (B,)``: B independent problems
 row. Contexts ``a`` are a tensor or a ``NamedTuple`` of tensors; solutions ``b`` are one real tensor ``(B, *)``.
 """
 
-from amortized.contract.check import check_context, check_objective, check_support
+from amortized.contract.check import check_constraints, check_context, check_objective, check_support
 from amortized.contract.constraints import best_of, better, constrained, feasibility_tol, feasible_value, violation
 from amortized.contract.draws import CommonDraws, draws, is_random, start_draws
 from amortized.contract.error import ProblemError
@@ -14,12 +14,15 @@ from amortized.contract.problem import (
     FixedPoint,
     Known,
     LeastSquares,
+    LinearlyConstrained,
+    Polyhedron,
     Predictor,
     Problem,
     Projectable,
     Quadratic,
     QuadraticProgram,
     evaluate,
+    polyhedron,
     value_and_grad,
 )
 from amortized.contract.rows import Context, concatenate, leaves, map_leaves, num_rows, row_hashes, rows_where, take
@@ -33,6 +36,8 @@ __all__ = [
     "FixedPoint",
     "Known",
     "LeastSquares",
+    "LinearlyConstrained",
+    "Polyhedron",
     "Predictor",
     "Problem",
     "ProblemError",
@@ -41,6 +46,7 @@ __all__ = [
     "QuadraticProgram",
     "best_of",
     "better",
+    "check_constraints",
     "check_context",
     "check_objective",
     "check_seed",
@@ -55,6 +61,7 @@ __all__ = [
     "leaves",
     "map_leaves",
     "num_rows",
+    "polyhedron",
     "row_hashes",
     "rows_where",
     "start_draws",

@@ -112,6 +112,28 @@ def check_objective(problem: Problem, b: Tensor, a: Context) -> None:
             raise ProblemError(_mixes(name, int(off.nonzero()[0]), None))
 
 
+def check_constraints(problem: Problem, b: Tensor, a: Context) -> None:
+    """Check that ``equality`` and ``inequality``, where the problem has them, return ``(B, p)``.
+
+    Raises:
+        ProblemError: with what was given, and what to write instead.
+    """
+    for name in ("equality", "inequality"):
+        if not hasattr(problem, name) or not len(b):
+            continue
+        with torch.no_grad():
+            value = getattr(problem, name)(b, a)
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(shape, tuple) or len(shape) != 2 or shape[0] != len(b):
+            mend = (
+                "add a dimension with `.unsqueeze(1)`" if shape == (len(b),) else "flatten all dimensions but the first"
+            )
+            raise ProblemError(
+                f"{type(problem).__name__}.{name}(b, a) must return the constraints of each row, shape ({len(b)}, number); got "
+                f"{shape}: {mend}"
+            )
+
+
 def check_support(problem: Any, a: Context) -> None:
     """Check that contexts lie where ``problem.support()`` says that they must; NaN is no matter of the support.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from amortized.contract.problem import Problem
+from amortized.contract.problem import Problem, polyhedron
 from amortized.contract.rows import Context
 
 FEASIBILITY_TOL = 1e-4
@@ -15,8 +15,13 @@ FEASIBILITY_TOL = 1e-4
 
 
 def constrained(problem: Problem) -> bool:
-    """Whether a problem has constraints: ``equality``, ``inequality``, ``program`` or ``project``."""
-    return any(hasattr(problem, name) for name in ("equality", "inequality", "program", "project"))
+    """Whether a problem has constraints: ``equality``, ``inequality``, ``program``, ``polyhedron`` or ``project``."""
+    return any(_states(problem, name) for name in ("equality", "inequality", "program", "polyhedron", "project"))
+
+
+def _states(problem: Any, name: str) -> bool:
+    """Whether a problem has such a method; a network of a model that happens to be called so is none."""
+    return hasattr(problem, name) and not isinstance(getattr(problem, name), nn.Module)
 
 
 def feasibility_tol(problem: Problem) -> float:
@@ -28,19 +33,21 @@ def violation(problem: Problem, b: Tensor, a: Context) -> Tensor:
     """How far each row is from meeting its constraints, ``(B,)``, in the constraints' own units; 0 where there are none.
 
     The largest entry of ``|c(b; a)|`` and ``max(d(b; a), 0)`` where the problem has ``equality`` c or ``inequality`` d; else
-    of ``max(A b − upper, lower − A b, 0)`` where it has ``program``; else of ``|b − project(b)|`` where it has that. NaN
-    where a constraint is. Differentiable where the constraints are.
+    of ``max(A b − upper, lower − A b, 0)`` where it has ``program`` or ``polyhedron``; else of ``|b − project(b)|`` where it
+    has that. NaN where a constraint is. Differentiable where the constraints are.
     """
     p: Any = problem
-    if hasattr(p, "equality") or hasattr(p, "inequality"):
-        parts = [p.equality(b, a).abs()] if hasattr(p, "equality") else []
-        parts += [p.inequality(b, a).clamp(min=0)] if hasattr(p, "inequality") else []
-    elif hasattr(p, "program"):
-        _, _, A, lower, upper = p.program(a)
+    if not len(b):
+        return b.new_zeros(0)
+    if _states(p, "equality") or _states(p, "inequality"):
+        parts = [p.equality(b, a).abs()] if _states(p, "equality") else []
+        parts += [p.inequality(b, a).clamp(min=0)] if _states(p, "inequality") else []
+    elif _states(p, "program") or _states(p, "polyhedron"):
+        A, lower, upper = polyhedron(p, a)
         x = b.flatten(1)
         ab = x @ A.mT if A.ndim == 2 else torch.bmm(x.unsqueeze(1), A.mT).squeeze(1)
         parts = [torch.maximum(ab - upper, lower - ab).clamp(min=0)]
-    elif hasattr(p, "project"):
+    elif _states(p, "project"):
         parts = [(b - p.project(b, a)).abs()]
     else:
         return b.new_zeros(len(b))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -116,6 +116,34 @@ class Quadratic(Problem, Protocol):
     def program(self, a: Context) -> QuadraticProgram:
         """The program of each context."""
         ...
+
+
+class Polyhedron(NamedTuple):
+    """``lower ≤ A b ≤ upper``: equalities have equal bounds, free ones infinite."""
+
+    A: Tensor
+    """``(m, n)`` where all rows share it, else ``(B, m, n)``."""
+    lower: Tensor
+    """``(B, m)``."""
+    upper: Tensor
+    """``(B, m)``."""
+
+
+class LinearlyConstrained(Problem, Protocol):
+    """Any objective, over a polyhedron; a :class:`Quadratic` problem has that of its program."""
+
+    def polyhedron(self, a: Context) -> Polyhedron:
+        """Where the solutions of each context lie."""
+        ...
+
+
+def polyhedron(problem: Any, a: Context) -> Polyhedron:
+    """What a problem's ``polyhedron`` says, or else the constraints of its ``program``."""
+    if hasattr(problem, "polyhedron"):
+        found: Polyhedron = problem.polyhedron(a)
+        return found
+    program: QuadraticProgram = problem.program(a)
+    return Polyhedron(program.A, program.lower, program.upper)
 
 
 class Known(Problem, Protocol):

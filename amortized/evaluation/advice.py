@@ -22,6 +22,11 @@ def advice(problem: Any, solver: Solver, gap: dict[str, float]) -> str | None:
     methods, better = structure(problem)
     if used.needs == Solver.needs != methods and not isinstance(used, better):
         return f"the problem has {' and '.join(methods)}, which {type(used).__name__} ignores: --gap.solver {better.__name__}"
+    if gap.get("unsolved", 0) - gap.get("impossible", 0) > 0.05:
+        return (
+            f"the solver found nothing feasible on {gap['unsolved']:.1%} of the rows, and has no proof that there is nothing "
+            f"on {gap['unsolved'] - gap['impossible']:.1%}: more --gap.solver.steps, or --gap.solver MultiStart"
+        )
     if abs(gap["mean"]) <= gap["rounding"] and gap["rounding"] > 1e-9 * abs(gap["network"]):
         return (
             f"float32 does not resolve this gap: differences below {gap['rounding']:.1g} are rounding of the objective, "

@@ -245,6 +245,7 @@ def measure_budget(
             if dual is not None
             else 0.0
         )
+        a = problem.prepare(a)
     b = b.to(torch.promote_types(b.dtype, torch.float32))
     start = problem.initial(a).to(b.dtype)
     search = CommonDraws(problem, stream_seed(0, "budget", 0)) if is_random(problem, b, a) else problem

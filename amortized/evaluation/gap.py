@@ -64,12 +64,12 @@ def measure_gap(
         ProblemError: if ``known`` is of another objective, or the objective is random.
     """
     problem, a = at_least_float32(problem, a)
+    with torch.no_grad():
+        multipliers, a = problem.dual(a), problem.prepare(a)
     b = b.detach().to(torch.promote_types(b.dtype, torch.float32))
     search, choice, value, fresh = (
         stream_seed(0, f"gap {use}", seed) for use in ("search", "choice", "value", "again")
     )
-    with torch.no_grad():
-        multipliers = problem.dual(a)
     runs: list[Solution] = []
     for start, dual in ((problem.initial(a), None), (b, multipliers)):
         with draws(search, b.device):

@@ -99,7 +99,8 @@ class AmortizationGap(Metric):
       the prediction is feasible there, and the solver is above it or is not.
 
     and ``total``, the number of rows. A negative gap is reported as it is. Where the rows know the true minimum, the terms of
-    :func:`decomposition` follow, as ``decomposition/*``. Where the problem has constraints, :func:`feasibility` follows.
+    :func:`decomposition` follow, as ``decomposition/*``. Where the problem has constraints, :func:`feasibility` follows;
+    where solutions of earlier runs were candidates, ``stored``, the number of rows whose reference is one of them.
     """
 
     full_state_update = False
@@ -109,6 +110,7 @@ class AmortizationGap(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("parts", default=[], dist_reduce_fx="cat")
+        self.reset()
 
     def update(self, rows: GapRows) -> None:
         """Add the rows of one batch."""
@@ -118,8 +120,7 @@ class AmortizationGap(Metric):
 
     def rows(self) -> GapRows:
         """Every row measured so far on this process (on all of them inside ``compute``), in the order of the set."""
-        parts = [self.parts] if isinstance(self.parts, Tensor) else self.parts
-        table = torch.cat([torch.empty(0, len(GapRows._fields), dtype=torch.float64, device=self.device), *parts])
+        table = self.parts if isinstance(self.parts, Tensor) else torch.cat(self.parts)
         return GapRows(*table[table[:, 0].argsort()].T)
 
     def compute(self) -> dict[str, Tensor]:
@@ -127,10 +128,10 @@ class AmortizationGap(Metric):
         self.table = self.rows()
         return gap_statistics(self.table)
 
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # A process without rows must still take part in the gathering: give it a part of no rows.
-        self.parts = [torch.stack(list(self.rows()), 1)]  # type: ignore[arg-type]  # no column is None here
-        super()._sync_dist(*args, **kwargs)
+    def reset(self) -> None:
+        """Start anew, with a part of no rows: a process without rows must still take part in the gathering."""
+        super().reset()
+        self.parts.append(torch.empty(0, len(GapRows._fields), dtype=torch.float64, device=self.device))
 
 
 def gap_statistics(rows: GapRows) -> dict[str, Tensor]:

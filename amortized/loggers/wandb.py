@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
 from amortized.checkpoint import digest_path
+from amortized.lightning_private import begun_run, set_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,8 +55,8 @@ class LaunchedWandbLogger(WandbLogger):
     def experiment(self) -> Any:
         import wandb
 
-        if self._experiment is not None:
-            return self._experiment
+        if (run := begun_run(self)) is not None:
+            return run
         try:
             return super().experiment
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
@@ -63,7 +64,7 @@ class LaunchedWandbLogger(WandbLogger):
         except Exception as error:
             if self._settings["mode"] == "offline":
                 _tell_failure(self, error)
-                self._experiment = wandb.init(mode="disabled")
+                set_run(self, wandb.init(mode="disabled"))
             else:
                 folder = self._settings["save_dir"]
                 _warn(
@@ -71,8 +72,9 @@ class LaunchedWandbLogger(WandbLogger):
                 )
                 name = f"{self._settings['id']}-offline"  # its service holds the first one
                 offline = LaunchedWandbLogger(**self._settings | {"mode": "offline", "id": name})
-                self._experiment, self.failed = offline.experiment, offline.failed
-            return self._experiment
+                set_run(self, offline.experiment)
+                self.failed = offline.failed
+            return begun_run(self)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -206,7 +208,8 @@ def log_checkpoint(logger: WandbLogger, path: Path) -> None:
 
 def finish(logger: WandbLogger, exit_code: int) -> None:
     """End the W&B run, if it began, so that the next run of this process does not go on in it."""
-    run, logger._experiment = logger._experiment, None
+    run = begun_run(logger)
+    set_run(logger, None)
     if run is not None:
         attempt(logger, run.finish, exit_code)
     if getattr(logger, "failed", False):

@@ -29,6 +29,41 @@ class ConvEncoder(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(channels[-1] * side * side, out_features))
 
 
+class ConvBlocks(nn.Sequential):
+    """Blocks of 3 x 3 convolution, normalisation and max-pooling, then a linear layer: ``(B, side, side) -> (B, out_features)``.
+
+    The usual network of few-shot classification, with a normalisation that keeps rows apart.
+
+    Source: Vinyals et al. (2016), *Matching networks for one shot learning*; Wu & He (2018), *Group normalization*.
+
+    Args:
+        side: of the images, in pixels; flat ones ``(B, side * side)`` will do.
+        out_features: numbers that come out.
+        channels: of the blocks, multiples of ``groups``; each block halves the side.
+        groups: of the normalisation.
+        activation: as for :class:`~amortized.networks.MLP`.
+    """
+
+    def __init__(
+        self,
+        side: int,
+        out_features: int,
+        channels: Sequence[int] = (16, 32, 64, 64),
+        groups: int = 8,
+        activation: str = "silu",
+    ) -> None:
+        layers: list[nn.Module] = [nn.Flatten(), nn.Unflatten(1, (1, side, side))]
+        for inward, outward in zip([1, *channels], channels, strict=False):
+            layers += [
+                nn.Conv2d(inward, outward, 3, padding=1),
+                nn.GroupNorm(groups, outward),
+                ACTIVATIONS[activation](),
+                nn.MaxPool2d(2),
+            ]
+            side //= 2
+        super().__init__(*layers, nn.Flatten(), nn.Linear(channels[-1] * side * side, out_features))
+
+
 class ConvDecoder(nn.Sequential):
     """The mirror image: a linear layer, then transposed convolutions, ``(n, latent) -> (n, side * side)``.
 

@@ -36,3 +36,23 @@ class MLP(nn.Sequential):
     def forward(self, a: Context) -> Tensor:
         parts = [leaf.flatten(1) for leaf in leaves(a)]
         return super().forward(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+
+class ResidualMLP(nn.Module):
+    """``f(a) = W a + c + MLP(a)``: an affine map and what it lacks, ``(B, *) -> (B, out_features)``.
+
+    For solutions that are nearly affine in their context, or affine in pieces, as those of programs are in what their bounds and
+    linear terms say: the layers then learn what bends.
+
+    The arguments are those of :class:`MLP`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, hidden: Sequence[int] = (128, 128), activation: str = "relu"
+    ) -> None:
+        super().__init__()
+        self.affine = MLP(in_features, out_features, ())
+        self.residual = MLP(in_features, out_features, hidden, activation)
+
+    def forward(self, a: Context) -> Tensor:
+        return self.affine(a) + self.residual(a)

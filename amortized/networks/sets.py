@@ -25,6 +25,8 @@ class DeepSet(nn.Module):
         features: width of the pooled ``phi``.
         hidden: widths of the hidden layers of ``phi`` and of ``rho``.
         activation: as for :class:`~amortized.networks.MLP`.
+        mask: the part of the context ``(B, K)`` that says which elements there are, where sets differ in size; ``None``: all. The
+            others may hold any finite numbers. A set of none has the mean 0.
     """
 
     def __init__(
@@ -35,15 +37,16 @@ class DeepSet(nn.Module):
         features: int = 128,
         hidden: Sequence[int] = (128, 128),
         activation: str = "relu",
+        mask: str | None = None,
     ) -> None:
         super().__init__()
-        self.fields = tuple(fields)
+        self.fields, self.mask = tuple(fields), mask
         self.phi = MLP(in_features, features, hidden, activation)
         self.rho = MLP(features, out_features, hidden, activation)
 
     def forward(self, a: Context) -> Tensor:
         x = elements(a, self.fields)
-        return self.rho(self.phi(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1))
+        return self.rho(mean_of(self.phi(x.flatten(0, 1)).unflatten(0, x.shape[:2]), there(a, self.mask)))
 
 
 class SetTransformer(nn.Module):
@@ -62,6 +65,7 @@ class SetTransformer(nn.Module):
         features: width of an element's representation; its layers have twice as many hidden units.
         layers: layers of self-attention.
         heads: attention heads; a divisor of ``features``.
+        mask: as for :class:`DeepSet`; no element sees one that is not there.
     """
 
     def __init__(
@@ -72,9 +76,10 @@ class SetTransformer(nn.Module):
         features: int = 64,
         layers: int = 2,
         heads: int = 4,
+        mask: str | None = None,
     ) -> None:
         super().__init__()
-        self.fields = tuple(fields)
+        self.fields, self.mask = tuple(fields), mask
         layer = nn.TransformerEncoderLayer(
             features, heads, 2 * features, dropout=0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -83,7 +88,10 @@ class SetTransformer(nn.Module):
         self.readout = nn.Linear(features, out_features)
 
     def forward(self, a: Context) -> Tensor:
-        return self.readout(self.attend(self.embed(elements(a, self.fields))).mean(1))
+        x, mask = self.embed(elements(a, self.fields)), there(a, self.mask)
+        # Attention needs something to look at: of a set of none, what it finds is not counted.
+        hidden = None if mask is None else ~(mask | ~mask.any(1, keepdim=True))
+        return self.readout(mean_of(self.attend(x, src_key_padding_mask=hidden), mask))
 
 
 class SetMoments(nn.Module):
@@ -130,3 +138,15 @@ def elements(a: Context, fields: Sequence[str]) -> Tensor:
     """The named parts of a context, ``(B, K)`` or ``(B, K, d)``, side by side: a set of K elements, ``(B, K, D)``."""
     parts = [getattr(a, field) for field in fields]
     return torch.cat([part.unsqueeze(2) if part.ndim == 2 else part for part in parts], 2)
+
+
+def there(a: Context, mask: str | None) -> Tensor | None:
+    """Which elements of each set there are, ``(B, K)``; ``None``: all."""
+    return None if mask is None else getattr(a, mask).bool()
+
+
+def mean_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean ``(B, D)`` of the elements that there are of sets ``(B, K, D)``; 0 of a set of none."""
+    if mask is None:
+        return x.mean(1)
+    return x.masked_fill(~mask.unsqueeze(2), 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)

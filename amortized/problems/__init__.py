@@ -2,8 +2,21 @@
 
 from amortized.contexts.images import Images
 from amortized.problems.classification import Classification, LabelledDigits
+from amortized.problems.constrained import ConvexDC3, DC3Contexts, FactorMarkets, NonconvexDC3, Portfolio
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
+from amortized.problems.meta import (
+    FewShotClassification,
+    FewShotRegression,
+    GaussianProcesses,
+    GaussianProcessRegression,
+    Generalization,
+    Glyphs,
+    NeuralProcess,
+    Omniglot,
+    Prototypes,
+    Template,
+)
 from amortized.problems.simulation import (
     SLCP,
     ConditionalFlow,
@@ -28,12 +41,25 @@ from amortized.problems.transport import (
 )
 
 __all__ = [
+    "Template",
+    "Prototypes",
+    "Omniglot",
+    "NeuralProcess",
+    "Glyphs",
+    "Generalization",
+    "GaussianProcessRegression",
+    "GaussianProcesses",
+    "FewShotRegression",
+    "FewShotClassification",
     "SLCP",
     "VAE",
     "Classification",
     "CloudPotential",
     "CloudTransport",
     "ConditionalFlow",
+    "ConvexDC3",
+    "DC3Contexts",
+    "FactorMarkets",
     "GaussianLinear",
     "GaussianLinearPosterior",
     "GeneratedImages",
@@ -47,6 +73,8 @@ __all__ = [
     "MixtureClouds",
     "LotkaVolterra",
     "NeuralPosterior",
+    "NonconvexDC3",
+    "Portfolio",
     "Simulations",
     "Sinusoid",
     "SinusoidContexts",

@@ -61,6 +61,11 @@ def lines(found: Results, objective: str) -> list[tuple[str, str]]:
                 if t.not_finite == 1
                 else "never reached",
             ),
+            *(
+                [(f"{space}  of the rows feasible on all sides, which are", f"{1 - t.not_finite:.1%}")]
+                if found.constraints and t.not_finite
+                else []
+            ),
             (
                 f"{space}  each row's: median, 95 %, share never",
                 f"{median}, {p95}, {t.rows_never_reached:.1%}",

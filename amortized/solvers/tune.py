@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amortized.contract import Context, Problem
+from amortized.contract import Context, Problem, feasibility_tol
 from amortized.solvers.base import Solver
 from amortized.solvers.smooth.adam import Adam
 from amortized.solvers.smooth.gradient_descent import GradientDescent
@@ -40,8 +40,8 @@ def descents(steps: int = 1000, momentum: float = 0.9) -> list[GradientDescent]:
 def tune(solvers: Sequence[Solver], problem: Problem, a: Context, b: Tensor) -> Tuned:
     """The solver with the smallest mean gap to the best that any of them found, row by row.
 
-    Rows in which some solver found nothing finite are left to the others: a solver whose value is not finite in a row
-    is ranked last. Tune on other contexts than those you report.
+    Rows in which some solver found nothing finite, or nothing feasible, are left to the others: a solver whose value is not
+    finite in a row is ranked last. Tune on other contexts than those you report.
 
     Args:
         solvers: the grid, for instance :func:`adams`.
@@ -54,7 +54,9 @@ def tune(solvers: Sequence[Solver], problem: Problem, a: Context, b: Tensor) -> 
     """
     if not solvers or not len(b):
         raise ValueError(f"tune needs solvers and rows to try them on, got {len(solvers)} and {len(b)}")
-    values = torch.stack([solver.solve(problem, a, b).value for solver in solvers])
+    found = [solver.solve(problem, a, b) for solver in solvers]
+    tol = feasibility_tol(problem)
+    values = torch.stack([torch.where(one.violation <= tol, one.value, torch.inf) for one in found])
     values = torch.where(values.isfinite(), values, torch.inf)
     best = values.amin(0)
     known = best.isfinite()

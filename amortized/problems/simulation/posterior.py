@@ -61,7 +61,7 @@ class ParameterPosterior(PointMoments):
             device=self.b.device,
         )
         theta: Tensor = self.prior(self.family.draw(self.b, noise)[0])
-        return theta.reshape(*sample_shape, *self.batch_shape, -1)
+        return theta.reshape(*sample_shape, *theta.shape[1:])
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Minus infinity outside the support."""
@@ -176,9 +176,11 @@ class NeuralPosterior(AmortizedModule):
         finite = rows_where(
             torch.isfinite, b
         )  # the objective need not be: nobody knows the parameters of an observation
-        q = self.decode(take(b, finite), take(a, finite))
-        theta = q.sample((self.draws,))
-        decoded = Predicted(q.mean, q.stddev, theta.transpose(0, 1), q.log_prob(theta).T)
+        decoded = None
+        if finite.any():
+            q = self.decode(take(b, finite), take(a, finite))
+            theta = q.sample((self.draws,))
+            decoded = Predicted(q.mean, q.stddev, theta.transpose(0, 1), q.log_prob(theta).T)
         return {"b": b, "objective": evaluate(self, b, a), "finite": finite, "decoded": decoded}
 
     def draw(self, a: Simulation, solutions: dict[str, Tensor]) -> Figure:

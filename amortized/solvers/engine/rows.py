@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Layout(NamedTuple):
 
     def flat(self, b: Tensor) -> Tensor:
         """Solutions ``(L, *)`` as rows of the state."""
-        flat = b.reshape(len(b), -1)
+        flat = b.reshape(len(b), math.prod(b.shape[1:]))
         return flat.t().contiguous() if self.axis else flat
 
     def shaped(self, rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:

@@ -27,9 +27,11 @@ class GradientDescent(GradientSolver):
     one to differentiate through.
 
     With ``learn_lr`` the step sizes are parameters (their logarithms, so that they stay positive): one number, or one
-    per step with ``per_step``. Beyond the learned steps the last one is used.
+    per step with ``per_step``, and with ``features`` one for each number of a solution (Meta-SGD). Beyond the learned steps the
+    last one is used.
 
-    Source: Polyak (1964); learned step sizes: Li et al. (2017), Meta-SGD, here per step instead of per parameter.
+    Source: Polyak (1964); learned step sizes: Li et al. (2017), *Meta-SGD*, for each number of a solution; Antoniou
+    et al. (2019), *How to train your MAML*, for each step.
 
     Args:
         steps: steps at most; in :meth:`iterates`, the number of iterates.
@@ -41,9 +43,10 @@ class GradientDescent(GradientSolver):
         unroll: last steps whose gradients are differentiated; None all, 0 none (first-order).
         chunk: rows at work at a time; None for all.
         compile: fuse each round with ``torch.compile``; see :class:`~amortized.solvers.GradientSolver`.
+        features: n, the numbers of one solution, for a learned step size of each; ``None``: one for all. Needs ``learn_lr``.
 
     Raises:
-        ValueError: if ``lr`` or ``momentum`` is out of range, or ``per_step`` is set without ``learn_lr``.
+        ValueError: if ``lr`` or ``momentum`` is out of range, or ``per_step`` or ``features`` is set without ``learn_lr``.
     """
 
     def __init__(
@@ -57,22 +60,23 @@ class GradientDescent(GradientSolver):
         unroll: int | None = None,
         chunk: int | None = None,
         compile: bool = False,
+        features: int | None = None,
     ) -> None:
         super().__init__(steps, tol, unroll, chunk, compile)
         if lr <= 0 or not 0 <= momentum < 1:
             raise ValueError(f"lr must be positive and momentum in [0, 1), got lr={lr}, momentum={momentum}")
-        if per_step and not learn_lr:
-            raise ValueError("per_step asks for a learned step size for each step: set learn_lr as well")
+        if (per_step or features) and not learn_lr:
+            raise ValueError("per_step and features ask for learned step sizes: set learn_lr as well")
         self.momentum = momentum
-        log_lr = torch.full((max(steps, 1) if per_step else 1,), math.log(lr))
+        log_lr = torch.full((max(steps, 1) if per_step else 1, *([features] if features else [])), math.log(lr))
         self.lr = lr
         self.log_lr = nn.Parameter(log_lr) if learn_lr else None
 
     def step_size(self, iterations: Tensor) -> Tensor | float:
-        """The step size α_k of each row ``(L, 1)``, after that many steps; a plain number where it is not learned."""
+        """The step size α_k ``(L, 1)`` or ``(L, n)`` of rows after that many steps; a plain number where it is not learned."""
         if self.log_lr is None:
             return self.lr
-        return self.log_lr[iterations.clamp(max=len(self.log_lr) - 1)].exp().unsqueeze(1)
+        return self.log_lr[iterations.clamp(max=len(self.log_lr) - 1)].exp().view(len(iterations), -1)
 
     def init(self, b: Tensor, value: Tensor, grad: Tensor) -> GradientDescentState:
         """The first step, from rest."""

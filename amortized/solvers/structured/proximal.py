@@ -59,3 +59,15 @@ def simplex(b: Tensor) -> Tensor:
     support = (ranked * count > excess).sum(-1, keepdim=True).clamp(min=1)
     shift = excess.gather(-1, support - 1) / support
     return (b - shift).clamp(min=0)
+
+
+def second_order_cone(b: Tensor) -> Tensor:
+    """The nearest point with ``‖x‖₂ ≤ t`` for ``b = (x, t)`` along the last dimension, t the last number.
+
+    Source: Parikh & Boyd (2014), section 6.3.2.
+    """
+    x, t = b[..., :-1], b[..., -1:]
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    half = (length + t).clamp(min=0) / 2
+    onto = torch.cat([x * (half / length).nan_to_num(0.0), half], -1)
+    return torch.where(length <= t, b, onto)
