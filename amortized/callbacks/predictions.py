@@ -138,7 +138,7 @@ def _concatenated(batches: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     full = max(batches, key=len)
     for parts in batches:
         none = np.zeros(len(parts["finite"]), bool)
-        parts |= {key: _filled(column[:0], none) for key, column in known.items() if key not in parts}
+        parts |= {key: filled(column[:0], none) for key, column in known.items() if key not in parts}
     return {key: np.concatenate([parts[key] for parts in batches]) for key in full}
 
 

@@ -8,8 +8,8 @@ kind                       number                                               
 :class:`Duality`           ``L(b; a) − D(y; a)``, D the dual function             bound on the gap of quadratic programs, always
 :class:`Gradient`          ``‖∇L(b; a)‖² / 2μ``; ``‖∇L(b; a)‖`` without μ         bound on the gap where L is μ-strongly convex
 :class:`FixedPoint`        ``‖T(b; a) − b‖ / (1 − q)``; without q the residual    bound on ``‖b − b*‖`` where T contracts by q
-:class:`Conformal`         ``q (c + ‖∇L(b; a)‖²)``, q calibrated on contexts      bound on the gap to the best that solvers find, for a
-                           held out                                               fraction 1 − α of exchangeable contexts
+:class:`Conformal`         ``q (c + ‖∇L(b; a)‖²)``, q calibrated on contexts      bound on the gap to what solvers find,
+                           held out                                               for 1 − α of exchangeable contexts
 =========================  =====================================================  ==============================================
 
 A bound on the gap says nothing of feasibility: an infeasible prediction's gap may be negative, and its violation is a

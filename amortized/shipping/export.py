@@ -19,7 +19,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from amortized import disk
@@ -164,9 +163,9 @@ def _program(graph: Graph, given: list[Tensor], name: str) -> Any:
     logging.getLogger("torch._export").setLevel(logging.ERROR)
     try:
         traced = make_fx(graph, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*given)
-        with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # one row is a batch too
-            free: Any = tuple({0: torch.export.Dim.DYNAMIC} for _ in given)
-            return torch.export.export(traced, tuple(given), dynamic_shapes=free, strict=False)
+        batch = torch.export.Dim("batch", min=1)
+        free: Any = tuple({0: batch} for _ in given)
+        return torch.export.export(traced, tuple(given), dynamic_shapes=free, strict=False)
     except Exception as error:
         raise ProblemError(f"{name} cannot be exported: {_operation(error)}; AMORTIZED_DEBUG=1 shows all") from error
 
