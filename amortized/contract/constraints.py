@@ -37,11 +37,15 @@ def violation(problem: Problem, b: Tensor, a: Context) -> Tensor:
     of ``max(A b − upper, lower − A b, 0)`` where it has ``program`` or ``polyhedron``; else of ``|b − project(b)|`` where it
     has that. NaN where a constraint is. Differentiable where the constraints are.
     """
-    p: Any = problem
-    if not len(b) or not constrained(problem):
+    if not len(b):
+        return b.new_zeros(0)
+    if any(_states(problem, name) for name in ("equality", "inequality", "program", "polyhedron")):
+        off = bounded(problem, b, a).outside
+    elif _states(problem, "project"):
+        p: Any = problem
+        off = (b - p.project(b, a)).abs()
+    else:
         return b.new_zeros(len(b))
-    projects = not any(_states(problem, name) for name in ("equality", "inequality", "program", "polyhedron"))
-    off = (b - p.project(b, a)).abs() if projects else bounded(problem, b, a).outside
     return torch.cat([b.new_zeros(len(b), 1), off.flatten(1)], 1).amax(1)
 
 

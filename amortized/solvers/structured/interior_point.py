@@ -92,6 +92,7 @@ class InteriorPoint(RowSolver):
     """
 
     relative = False
+    needs = ("objective", "inequality")  # or equality, or program
 
     def __init__(self, steps: int = 60, tol: float | None = None, chunk: int | None = None) -> None:
         super().__init__(steps, tol, chunk)
