@@ -148,6 +148,39 @@ def test_without_multipliers_the_message_says_what_to_write(loss):
         Nearest(loss=loss, multipliers=nn.Linear(2, 5)).amortized_step(contexts())
 
 
+def _both(rank, folder):
+    """One of two processes: its own contexts, the same model."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = Nearest(loss=PrimalDualLoss(every=2), multipliers=MLP(2, 2, [8]))
+    parallel = nn.parallel.DistributedDataParallel(Signal(model))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for k in range(5):
+        optimizer.zero_grad()
+        parallel(torch.rand(8, 2, generator=torch.Generator().manual_seed(2 * k + rank))).mean().backward()
+        optimizer.step()
+    torch.save({**model.multipliers.state_dict(), **model.loss.state_dict()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+class Signal(nn.Module):
+    """A model's loss as its forward pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, a):
+        return self.model.amortized_step(a)
+
+
+def test_two_processes_have_the_same_multipliers_and_the_same_penalty(tmp_path):
+    torch.multiprocessing.start_processes(_both, (str(tmp_path),), nprocs=2, start_method="fork")
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert int(one["calls"]) == 5
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_constraints_in_one_form():
     class Flat:
         def objective(self, b, a):

@@ -17,7 +17,9 @@ from amortized.networks import (
     ConvEncoder,
     DeepSet,
     LearnedInitialization,
+    MessagePassing,
     Recurrent,
+    ResidualMLP,
     SetMoments,
     SetTransformer,
 )
@@ -29,6 +31,9 @@ from amortized.problems import (
     CloudPotential,
     CloudTransport,
     ConditionalFlow,
+    ConvexDC3,
+    DC3Contexts,
+    FactorMarkets,
     FewShotClassification,
     FewShotRegression,
     GaussianLinear,
@@ -48,6 +53,8 @@ from amortized.problems import (
     MixtureClouds,
     NeuralPosterior,
     NeuralProcess,
+    NonconvexDC3,
+    Portfolio,
     Prototypes,
     Simulations,
     Sinusoid,
@@ -61,7 +68,7 @@ from amortized.problems import (
 )
 from amortized.problems.inference.evidence import AnnealedImportanceSampling
 from amortized.problems.style import Stylization
-from amortized.solvers import LBFGS, GradientDescent, LearnedUpdate
+from amortized.solvers import LBFGS, Gauge, GradientDescent, LearnedUpdate, Simplex
 from amortized.testing import CHECKS, check_problem, equal
 
 
@@ -114,6 +121,10 @@ def conv_vae():
 
 def moves_inside_the_cube(plan):
     return (plan.map > -1e-4).all() and (plan.map < 1 + 1e-4).all() and (plan.cost > -1e-6).all() and finite(plan.f)
+
+
+def messages():
+    return MessagePassing(["mean"], "covariance", 1, 8, 2)
 
 
 def simulations(simulator):
@@ -171,6 +182,9 @@ CASES = {
     "two moons": Case(lambda: flow_posterior(MLP(2, 4), TwoMoons()), simulations(TwoMoons), in_support),
     "SLCP": Case(lambda: flow_posterior(SetMoments(["x"], 2, 4), SLCP(), "affine"), simulations(SLCP), in_support),
     "lynxes": Case(lambda: flow_posterior(Recurrent(["x"], 2, 4), LotkaVolterra()), simulations(LotkaVolterra), in_support),
+    "DC3": Case(lambda: ConvexDC3(ResidualMLP(50, 100, [16]), refine=Gauge()), DC3Contexts, finite),
+    "DC3, not convex": Case(lambda: NonconvexDC3(ResidualMLP(50, 100, [16]), refine=Gauge()), DC3Contexts, finite),
+    "portfolio": Case(lambda: Portfolio(messages(), refine=Simplex()), FactorMarkets, finite),
     "style": Case(lambda: StyleTransfer(Stylization(channels=(4, 8, 8), blocks=1, embedding=8)), StylePairs, in_unit_cube),
 }  # fmt: skip
 
