@@ -48,6 +48,10 @@ from amortized.problems import (
     MixtureClouds,
     NeuralPosterior,
     NeuralProcess,
+    OperatingPoint,
+    PowerFlow,
+    PowerFlowContexts,
+    PowerFlowLoss,
     Prototypes,
     Simulations,
     Sinusoid,
@@ -61,7 +65,7 @@ from amortized.problems import (
 )
 from amortized.problems.inference.evidence import AnnealedImportanceSampling
 from amortized.problems.style import Stylization
-from amortized.solvers import LBFGS, GradientDescent, LearnedUpdate
+from amortized.solvers import LBFGS, Completion, GradientDescent, LearnedUpdate
 from amortized.testing import CHECKS, check_problem, equal
 
 
@@ -114,6 +118,15 @@ def conv_vae():
 
 def moves_inside_the_cube(plan):
     return (plan.map > -1e-4).all() and (plan.map < 1 + 1e-4).all() and (plan.cost > -1e-6).all() and finite(plan.f)
+
+
+def power_flow():
+    network = OperatingPoint("case14", [16])
+    return PowerFlow(network, refine=Completion(corrections=3), loss=PowerFlowLoss())
+
+
+def within_physics(dispatch):
+    return all(finite(x) for x in dispatch)
 
 
 def simulations(simulator):
@@ -171,6 +184,7 @@ CASES = {
     "two moons": Case(lambda: flow_posterior(MLP(2, 4), TwoMoons()), simulations(TwoMoons), in_support),
     "SLCP": Case(lambda: flow_posterior(SetMoments(["x"], 2, 4), SLCP(), "affine"), simulations(SLCP), in_support),
     "lynxes": Case(lambda: flow_posterior(Recurrent(["x"], 2, 4), LotkaVolterra()), simulations(LotkaVolterra), in_support),
+    "power flow": Case(power_flow, PowerFlowContexts, within_physics),
     "style": Case(lambda: StyleTransfer(Stylization(channels=(4, 8, 8), blocks=1, embedding=8)), StylePairs, in_unit_cube),
 }  # fmt: skip
 
