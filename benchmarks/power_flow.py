@@ -145,7 +145,7 @@ def measure(case: str, rows: int, repeats: int) -> list[dict[str, Any]]:
         row("feasible", feasible, cost_must and 1.0, cost_must and feasible == 1,
             f"share within 1e-4 p.u.; largest violation {float(off.max()):.1e}; before corrections {alone:.3f}"),
         row("times", times, times_must, times_must and times >= times_must,
-            f"Ipopt's loop {1e3 * float(seconds.mean()):.2f} ms a row, network {1e3 * taken:.4f} ms a row in one batch"),
+            f"Ipopt's loop {1e3 * float(seconds.mean()):.2f} ms a row, network {1e3 * taken:.4f} in one batch"),
         row("solver_ms", 1e3 * spent, SOLVER_MS.get(case), case in SOLVER_MS and 1e3 * spent <= SOLVER_MS[case] or None,
             f"InteriorPoint, ms a row, one batch; converged {float(found.converged.double().mean()):.3f}, cost within {apart:.1e} %"),
     ]  # fmt: skip
@@ -154,7 +154,9 @@ def measure(case: str, rows: int, repeats: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--cases", nargs="+", default=[c for c in MUST if (CHECKPOINTS / f"power_flow_{c[4:]}.ckpt").exists()])
+    parser.add_argument(
+        "--cases", nargs="+", default=[c for c in MUST if (CHECKPOINTS / f"power_flow_{c[4:]}.ckpt").exists()]
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -117,7 +117,9 @@ def test_a_row_without_a_solution_touches_no_other():
     good = torch.tensor([0, 2, 3, 4, 5])
     assert found.status[1] == Status.DIVERGED
     assert found.converged[good].all()
-    torch.testing.assert_close(Completion(corrections=3).solve(problem, a[good], b[good]).b, found.b[good], rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        Completion(corrections=3).solve(problem, a[good], b[good]).b, found.b[good], rtol=0, atol=1e-9
+    )
 
 
 def test_what_does_not_fit_is_told():

@@ -54,7 +54,11 @@ from amortized.problems import (
     NeuralPosterior,
     NeuralProcess,
     NonconvexDC3,
+    OperatingPoint,
     Portfolio,
+    PowerFlow,
+    PowerFlowContexts,
+    PowerFlowLoss,
     Prototypes,
     Simulations,
     Sinusoid,
@@ -68,7 +72,7 @@ from amortized.problems import (
 )
 from amortized.problems.inference.evidence import AnnealedImportanceSampling
 from amortized.problems.style import Stylization
-from amortized.solvers import LBFGS, Gauge, GradientDescent, LearnedUpdate, Simplex
+from amortized.solvers import LBFGS, Completion, Gauge, GradientDescent, LearnedUpdate, Simplex
 from amortized.testing import CHECKS, check_problem, equal
 
 
@@ -125,6 +129,15 @@ def moves_inside_the_cube(plan):
 
 def messages():
     return MessagePassing(["mean"], "covariance", 1, 8, 2)
+
+
+def power_flow():
+    network = OperatingPoint("case14", [16])
+    return PowerFlow(network, refine=Completion(corrections=3), loss=PowerFlowLoss())
+
+
+def within_physics(dispatch):
+    return all(finite(x) for x in dispatch)
 
 
 def simulations(simulator):
@@ -185,6 +198,7 @@ CASES = {
     "DC3": Case(lambda: ConvexDC3(ResidualMLP(50, 100, [16]), refine=Gauge()), DC3Contexts, finite),
     "DC3, not convex": Case(lambda: NonconvexDC3(ResidualMLP(50, 100, [16]), refine=Gauge()), DC3Contexts, finite),
     "portfolio": Case(lambda: Portfolio(messages(), refine=Simplex()), FactorMarkets, finite),
+    "power flow": Case(power_flow, PowerFlowContexts, within_physics),
     "style": Case(lambda: StyleTransfer(Stylization(channels=(4, 8, 8), blocks=1, embedding=8)), StylePairs, in_unit_cube),
 }  # fmt: skip
 

@@ -55,7 +55,14 @@ def _cost_against_violation(problem: Any, a: Any, solutions: dict[str, Tensor], 
     least = problem.objective(reference, a)
     for (name, b), marker in zip(solutions.items(), "ox+", strict=False):
         above = 100 * (problem.objective(b, a) / least - 1)
-        left.plot(violation(problem, b, a).clamp(min=1e-8).cpu(), above.cpu(), marker, color="C3", fillstyle="none", label=name)
+        left.plot(
+            violation(problem, b, a).clamp(min=1e-8).cpu(),
+            above.cpu(),
+            marker,
+            color="C3",
+            fillstyle="none",
+            label=name,
+        )
     left.axvline(tol, color="0.5", linewidth=0.8)
     left.set(xscale="log", xlabel="violation [p.u.]; left of the line is feasible", ylabel="cost above [%]")
     limited = len(problem.grid.limited)
