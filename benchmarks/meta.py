@@ -71,7 +71,7 @@ METHODS: dict[str, tuple[Callable[[], FewShotRegression], float]] = {
     "Meta-SGD": (lambda: curves(LearnedInitialization(P), refine=descent(features=P)), 0.01),
     "ANIL": (lambda: curves(LearnedInitialization(LAST), "last", refine=descent(per_step=True)), 0.01),
     "iMAML": (
-        lambda: curves(LearnedInitialization(P), refine=Implicit(LBFGS(20, tol=1e-3), anchor=0.5, products=5)),
+        lambda: curves(LearnedInitialization(P), refine=Implicit(LBFGS(10, tol=1e-2), anchor=0.5, products=5)),
         0.01,
     ),
 }
