@@ -59,19 +59,19 @@ def hypernetwork() -> DeepSet:
     return DeepSet(["support_x", "support_y"], 2, P, activation="gelu")
 
 
-def descent(**settings: Any) -> GradientDescent:
-    return GradientDescent(5, lr=0.02, learn_lr=True, **settings)
+def descent(lr: float = 0.02, **settings: Any) -> GradientDescent:
+    return GradientDescent(5, lr=lr, learn_lr=True, **settings)
 
 
 METHODS: dict[str, tuple[Callable[[], FewShotRegression], float]] = {
     "hypernetwork": (lambda: curves(hypernetwork()), 0.004),
-    "hybrid": (lambda: curves(hypernetwork(), refine=descent(per_step=True)), 0.004),
+    "hybrid": (lambda: curves(hypernetwork(), refine=descent(0.002, per_step=True)), 0.004),
     "MAML": (lambda: curves(LearnedInitialization(P), refine=descent(per_step=True)), 0.01),
     "first-order MAML": (lambda: curves(LearnedInitialization(P), refine=descent(per_step=True, unroll=0)), 0.01),
     "Meta-SGD": (lambda: curves(LearnedInitialization(P), refine=descent(features=P)), 0.01),
     "ANIL": (lambda: curves(LearnedInitialization(LAST), "last", refine=descent(per_step=True)), 0.01),
     "iMAML": (
-        lambda: curves(LearnedInitialization(P), refine=Implicit(LBFGS(20, tol=1e-3), anchor=0.5, products=5)),
+        lambda: curves(LearnedInitialization(P), refine=Implicit(LBFGS(10, tol=1e-2), anchor=0.5, products=5)),
         0.01,
     ),
 }
