@@ -15,6 +15,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import multiprocessing
+import os
+import signal
 import time
 import zipfile
 from dataclasses import dataclass
@@ -309,8 +312,17 @@ def _npz(body: bytes, limits: Limits) -> dict[str, np.ndarray]:
         raise ProblemError(f"what was given is no readable .npz file: {error}") from error
 
 
+def stop(signum: int, frame: Any) -> None:
+    """End at once, with all processes: LitServe's own end waits for connections, and for workers. A server keeps nothing."""
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(0 if signum == signal.SIGINT else 128 + signum)
+
+
 def serve(service: Service, host: str, port: int) -> None:
     """Run until the process is told to stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     service.server.run(
         host=host,
         port=port,
