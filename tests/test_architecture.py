@@ -171,7 +171,8 @@ def test_private_names_of_lightning_are_in_one_file():
     }
     private = {(name, x) for name, x in used if x.startswith("_") and not x.startswith("__")}
     private = {(name, x) for name, x in private if name != "amortized.lightning_private" and x not in allowed}
-    assert private == {("amortized.solvers.engine.compiled", "_dynamo")}
+    counters = {("amortized.solvers.feasible.linear", "_version")}  # how often a tensor was changed in place
+    assert private == {("amortized.solvers.engine.compiled", "_dynamo")} | counters
     overridden = {name for name in vars(torchmetrics.Metric) | vars(LightningCLI) if re.match("_[a-z]", name)}
     overridden |= {name for name in vars(LightningModule) if re.match("_[a-z]", name)}
     methods = {(n, x.name) for n, x in nodes if isinstance(x, ast.FunctionDef) and x.name in overridden}

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from amortized import AmortizedModule
+from amortized.contract import QuadraticProgram
 from amortized.solvers import (
+    ADMM,
     FISTA,
     LBFGS,
     Anderson,
+    AugmentedLagrangian,
     GradientDescent,
     Implicit,
     MultiStart,
@@ -83,7 +86,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
         (b,) = Implicit(solver).iterates(problem, a, torch.zeros(3, 4, dtype=D))
         return b
 
-    assert torch.autograd.gradcheck(end, (a, weights), eps=1e-4, atol=1e-6, rtol=1e-5)
+    assert torch.autograd.gradcheck(end, (a, weights), eps=1e-4, atol=1e-6, rtol=1e-5, fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,66 @@ def test_gradients_are_those_of_unrolling(solver: Solver, unrolled: Solver, kind
         gradients.append(torch.autograd.grad((b * points(5, 4, seed=2)).sum(), (a, problem.w)))
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-7, rtol=1e-5)
+
+
+class Layer:
+    """½ bᵀPb + qᵀb within bounds on A b: a projection of −q where P = 1; all of it may be differentiated."""
+
+    def __init__(self, p: Tensor, a: Tensor) -> None:
+        self.p, self.a = p, a
+
+    def program(self, a: QuadraticProgram) -> QuadraticProgram:
+        return a._replace(P=self.p, A=self.a)
+
+    def objective(self, b: Tensor, a: QuadraticProgram) -> Tensor:
+        p = self.p if self.p.ndim == 3 else self.p.expand(len(b), *self.p.shape)
+        return (b * (p @ b.unsqueeze(2)).squeeze(2) / 2 + a.q * b).sum(1)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("flat", [False, True], ids=["definite", "flat"])
+def test_a_program_is_a_layer(own: bool, flat: bool) -> None:
+    rows = (3,) if own else ()
+    half, turn = points(*rows, 4, 3 if flat else 4), points(*rows, 3, 4, seed=1)
+    box = torch.eye(4, dtype=D).expand(*rows, 4, 4)
+    p, matrix = half @ half.mT, torch.cat([turn, box], -2)
+    inside = 0.3 * points(3, 4, seed=2).tanh()
+    at = (turn @ inside.unsqueeze(2)).squeeze(2)
+    slack = torch.rand(3, 7, generator=torch.Generator().manual_seed(3), dtype=D)
+    equal, q = at[:, :1], 2 * points(3, 4, seed=4)
+    low = torch.cat([at[:, 1:2] - slack[:, :1], torch.full((3, 1), -math.inf, dtype=D), slack[:, 3:] - 1.4], 1)
+    high = torch.cat([at[:, 1:] + slack[:, 1:3] / 5, 0.4 + slack[:, 3:]], 1)
+    inputs = [x.clone().requires_grad_() for x in (half, matrix, q, equal, high)]
+
+    def end(half: Tensor, matrix: Tensor, q: Tensor, equal: Tensor, high: Tensor) -> Tensor:
+        layer = Layer(half @ half.mT, matrix)
+        bounds = torch.cat([equal, low], 1), torch.cat([equal, high], 1)
+        a = QuadraticProgram(p.expand(3, 4, 4), q, matrix.expand(3, 7, 4), *bounds)
+        (b,) = Implicit(ADMM(tol=1e-11, rtol=0, steps=20000)).iterates(layer, a, torch.zeros(3, 4, dtype=D))
+        return b
+
+    b = end(*inputs)
+    assert ((high - (matrix @ b.unsqueeze(2)).squeeze(2)[:, 1:]).abs() < 1e-8).any()  # something is active
+    assert torch.autograd.gradcheck(end, inputs, eps=1e-5, atol=1e-5, rtol=1e-4, fast_mode=True)
+
+
+def test_a_constrained_solution_is_differentiable_at_its_end() -> None:
+    class Disc(Soft):
+        def equality(self, b: Tensor, a: Tensor) -> Tensor:
+            return b[:, :2].sum(1, keepdim=True) - a[:, :1]
+
+        def inequality(self, b: Tensor, a: Tensor) -> Tensor:
+            return torch.stack([b[:, 2:].square().sum(1) - 0.04, b[:, 0] - 3], 1)
+
+    problem, a = Disc(), (3 * points(3, 4, seed=1)).requires_grad_()
+    layer = Implicit(AugmentedLagrangian(inner=Newton(), tol=1e-10))
+
+    def end(a: Tensor) -> Tensor:
+        (b,) = layer.iterates(problem, a, torch.zeros(3, 4, dtype=D))
+        return b
+
+    assert (problem.inequality(end(a), a)[:, 0].abs() < 1e-8).any()
+    assert torch.autograd.gradcheck(end, a, eps=1e-5, atol=1e-5, rtol=1e-5, fast_mode=True)
 
 
 def saved_bytes(way: Solver, problem: Soft, a: Tensor) -> int:

@@ -1,6 +1,9 @@
 """Few-shot learning: templates, methods that are one network and one refinement each, tasks, and what is measured."""
 
+import json
 import math
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -8,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from amortized.contract import ProblemError, evaluate, take, value_and_grad
+from amortized.cli.app import main
+from amortized.contract import ProblemError, evaluate, map_leaves, take, value_and_grad
 from amortized.networks import MLP, ConvBlocks, DeepSet, LearnedInitialization, SetTransformer
 from amortized.problems import (
     FewShotClassification,
@@ -23,7 +27,7 @@ from amortized.problems import (
     Template,
 )
 from amortized.problems.meta import generalization
-from amortized.solvers import LBFGS, GradientDescent
+from amortized.solvers import LBFGS, GradientDescent, Implicit
 
 
 def images(ways=3):
@@ -159,6 +163,27 @@ def test_maml_is_the_gradient_through_the_gradient():
         torch.testing.assert_close(module.network.b.grad, expected)
 
 
+def test_imaml_is_the_gradient_of_the_end_whatever_the_way_there():
+    """By hand, for a linear model: the end x* of L_support(x) + |x - b0|^2 / 2 moves with b0 by (H + 1)^-1."""
+    a = map_leaves(Tensor.double, SinusoidContexts(num_val=1, shots=4).contexts("val"))
+    refine = Implicit(LBFGS(200, tol=1e-10), anchor=1.0)
+    module = FewShotRegression(LearnedInitialization(2), Template(nn.Linear(1, 1)), refine=refine).double()
+    module.amortized_step(a).mean().backward()
+    one = torch.stack([a.support_x[0], torch.ones(4).double()], 1)
+    hessian = 2 * one.mT @ one / 4
+    _, outer = value_and_grad(module, module(a).detach(), a)
+    expected = torch.linalg.solve(hessian + torch.eye(2).double(), outer[0])
+    torch.testing.assert_close(module.network.b.grad, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["MAML", "Meta-SGD", "hybrid"])
+def test_two_processes_average_to_the_gradient_of_one(name):
+    from benchmarks.meta import METHODS, two_processes_apart
+
+    torch.manual_seed(0)
+    assert two_processes_apart(METHODS[name][0](), SinusoidContexts(batch_size=8).batch("train", 0)) < 1e-6
+
+
 def test_metasgd_has_a_step_size_for_each_parameter():
     a = SinusoidContexts(num_val=8).contexts("val")
     module = FewShotRegression(
@@ -208,6 +233,21 @@ def test_a_solver_of_the_support_set_overfits_it():
     assert (found["support_solver"] < found["support_network"]).all()
     torch.testing.assert_close(found["query_network"], evaluate(module, module(a), a))
     assert found["wins"].mean() == (found["query_network"] < found["query_solver"]).float().mean()
+
+
+def test_the_report_of_a_test_tells_both_sets_apart(capsys):
+    small = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.num_val=8", "--data.num_test=24"]
+    small += ["--data.eval_batch_size=16", "--gap.solver.steps=5", "--budget.enabled=false"]
+    main(["fit", "-c", "metasgd_sinusoid", "--run_folder=run", "--trainer.enable_progress_bar=false", *small])
+    found = json.loads(Path("run/results.json").read_text())
+    both = found["generalization"]
+    assert both["tasks"] == 24
+    assert both["query_network"] == pytest.approx(found["objective"]["network"], rel=1e-4)
+    assert both["support_solver"] < both["support_network"]
+    assert Path("run/pictures/generalization.png").stat().st_size > 10_000
+    table = capsys.readouterr().out
+    assert re.search(rf"query set .*{both['query_network']:.4g} ± .*; {both['query_solver']:.4g} ±", table)
+    assert re.search(rf"tasks on which the network is better +{both['wins']:.1%}", table)
 
 
 def test_the_exact_posterior_is_that_of_regression_in_closed_form():

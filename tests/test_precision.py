@@ -79,6 +79,9 @@ RECIPES = [
     "inference_linear",
     "maml_sinusoid",
     "sinusoid_scales",
+    "metasgd_sinusoid",
+    "gp_regression",
+    "glyphs",
 ]
 
 

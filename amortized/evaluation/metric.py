@@ -99,7 +99,8 @@ class AmortizationGap(Metric):
       the prediction is feasible there, and the solver is above it or is not.
 
     and ``total``, the number of rows. A negative gap is reported as it is. Where the rows know the true minimum, the terms of
-    :func:`decomposition` follow, as ``decomposition/*``. Where the problem has constraints, :func:`feasibility` follows.
+    :func:`decomposition` follow, as ``decomposition/*``. Where the problem has constraints, :func:`feasibility` follows;
+    where solutions of earlier runs were candidates, ``stored``, the number of rows whose reference is one of them.
     """
 
     full_state_update = False

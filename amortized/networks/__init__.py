@@ -2,6 +2,7 @@
 
 from amortized.networks.convolutional import ConvBlocks, ConvDecoder, ConvEncoder
 from amortized.networks.initialization import LearnedInitialization
+from amortized.networks.message_passing import MessagePassing
 from amortized.networks.mlp import MLP, ResidualMLP
 from amortized.networks.pretrained import Pretrained
 from amortized.networks.series import Recurrent
@@ -14,6 +15,7 @@ __all__ = [
     "ConvEncoder",
     "DeepSet",
     "LearnedInitialization",
+    "MessagePassing",
     "Pretrained",
     "Recurrent",
     "ResidualMLP",

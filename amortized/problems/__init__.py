@@ -2,7 +2,17 @@
 
 from amortized.contexts.images import Images
 from amortized.problems.classification import Classification, LabelledDigits
-from amortized.problems.constrained import ConvexDC3, DC3Contexts, NonconvexDC3
+from amortized.problems.constrained import (
+    ConvexDC3,
+    DC3Contexts,
+    FactorMarkets,
+    NonconvexDC3,
+    OperatingPoint,
+    Portfolio,
+    PowerFlow,
+    PowerFlowContexts,
+    PowerFlowLoss,
+)
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
 from amortized.problems.meta import (
@@ -59,6 +69,7 @@ __all__ = [
     "ConditionalFlow",
     "ConvexDC3",
     "DC3Contexts",
+    "FactorMarkets",
     "GaussianLinear",
     "GaussianLinearPosterior",
     "GeneratedImages",
@@ -73,6 +84,11 @@ __all__ = [
     "LotkaVolterra",
     "NeuralPosterior",
     "NonconvexDC3",
+    "OperatingPoint",
+    "Portfolio",
+    "PowerFlow",
+    "PowerFlowContexts",
+    "PowerFlowLoss",
     "Simulations",
     "Sinusoid",
     "SinusoidContexts",

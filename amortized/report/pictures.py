@@ -150,7 +150,9 @@ def draw_budget(budget: Budget, objective: str) -> Figure:
     )
     panels[1, 1].set(xlabel="evaluations for each row", xscale="log")
     if out:
-        panels[0, 0].set_title(f"{out} of {len(goal)} rows are not finite: not in this mean", fontsize=9)
+        infeasible = bool((budget.network.isposinf() | budget.start.isposinf()).any())
+        why = "feasible on all sides" if infeasible else "finite"
+        panels[0, 0].set_title(f"{out} of {len(goal)} rows are not {why}: not in this mean", fontsize=9)
     handles = [Line2D([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(names)]
     handles += [Line2D([], [], color="#555", linestyle=s, label=label) for s, label in STARTS]
     handles += [Line2D([], [], color="black", linestyle=":", marker="*", markersize=11, label="network")]

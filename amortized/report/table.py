@@ -11,12 +11,13 @@ from amortized.evaluation.results import Evaluation, Results
 def lines(found: Results, objective: str) -> list[tuple[str, str]]:
     """Results for a person to read: labels and values."""
     o, g, r, t = found.objective, found.gap, found.rows, found.time
+    unknown = "not finite" if found.constraints is None else "no row to compare"
     rows = [
-        (f"{objective}, network", _number(o.network)),
-        (f"{objective}, solver", _number(o.solver)),
+        (f"{objective}, network", _number(o.network, unknown)),
+        (f"{objective}, solver", _number(o.solver, unknown)),
         ("amortization gap, mean ± standard error", _mean(found)),
-        ("                  median", _number(g.median)),
-        ("                  95th percentile", _number(g.p95)),
+        ("                  median", _number(g.median, unknown)),
+        ("                  95th percentile", _number(g.p95, unknown)),
         *([("                  relative", _relative(g.relative))] if g.relative is not None else []),
         ("rows converged", f"{r.converged:.1%}"),
         ("rows diverged", f"{r.diverged:.1%}"),
@@ -60,6 +61,11 @@ def lines(found: Results, objective: str) -> list[tuple[str, str]]:
                 else "no row to compare"
                 if t.not_finite == 1
                 else "never reached",
+            ),
+            *(
+                [(f"{space}  of the rows feasible on all sides, which are", f"{1 - t.not_finite:.1%}")]
+                if found.constraints and t.not_finite
+                else []
             ),
             (
                 f"{space}  each row's: median, 95 %, share never",
@@ -163,8 +169,8 @@ def cards(found: Results, objective: str) -> list[tuple[str, str, str]]:
     return shown
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
+def _number(value: float | None, unknown: str = "not finite") -> str:
+    return unknown if value is None else f"{value:.4g}"
 
 
 def _count(value: float | None) -> str:

@@ -30,7 +30,7 @@ from amortized.contract import (
     take,
     violation,
 )
-from amortized.evaluation.calibration import Calibration, calibrate_model
+from amortized.evaluation.calibration import Calibration, calibrate_model, proof_for
 from amortized.module import AmortizedModule
 from amortized.shipping.answer import WORDS, Answer, Path, Rows
 from amortized.solvers import Solution, Solver
@@ -62,6 +62,8 @@ class TrainedSolver:
         )
         self.module = module.eval() if self.dtype is None else module.eval().to(self.dtype)
         self.data, self.solver, self.name, self.precision = data, solver.eval(), name, precision
+        self.proof = proof_for(module)
+        """A certificate of the problem's own, where it has one: better than one that is calibrated."""
         self._calibration = calibration
         self._like: Context | None = None
 
@@ -146,14 +148,14 @@ class TrainedSolver:
         ]
         return self._answer(self._placed(contexts), concatenate(parts), plain)
 
-    def rows(self, a: Context, tol: float, number: int = 0) -> Rows:
-        """The stages of :meth:`solve` on one batch."""
+    def rows(self, a: Context, tol: float, number: int = 0, by_network: bool = False) -> Rows:
+        """The stages of :meth:`solve` on one batch; ``by_network`` leaves out those of the solver."""
         a = self._placed(a)
         with self._at_work(number):
             check_support(self.module, a)
-            return self._rows(a, tol, number)
+            return self._rows(a, tol, number, by_network)
 
-    def _rows(self, a: Context, tol: float, number: int) -> Rows:
+    def _rows(self, a: Context, tol: float, number: int, by_network: bool) -> Rows:
         calibration, module = self.calibration, self.module
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
         unlike = given & calibration.likeness.unlike(module.observe(a))
@@ -162,14 +164,17 @@ class TrainedSolver:
         b = module(near) if len(known) else module.initial(near)
         value = evaluate(module, b, near)
         broken = violation(module, b, near)
-        bound = _limited(torch.where(value.isfinite(), calibration.network.bound(module, b, near), torch.inf), value)
+        bound = (self.proof or calibration.network).bound(module, b, near)
+        bound = _limited(torch.where(value.isfinite(), bound, torch.inf), value)
         out = _nothing(b, unlike)
         good = self._put(out, known, b, value, bound, broken, Path.NETWORK, bound <= tol, 2)
 
         failing = known[~good]
+        if by_network:
+            return out
         if len(failing):
             found = self._solved(take(a, failing), out.b[failing], number)
-            bound = _either(found, calibration.refined, calibration.refined_unfinished)
+            bound = self._bound(found, take(a, failing), calibration.refined, calibration.refined_unfinished)
             good = self._put(out, failing, *_parts(found, bound), Path.REFINED, bound <= tol, found.evaluations)
             failing = failing[~good]
 
@@ -177,8 +182,8 @@ class TrainedSolver:
         if len(cold):
             near = take(a, cold)
             found = self._solved(near, module.initial(near), number)
-            bound = _either(found, calibration.solver, calibration.solver_unfinished)
-            far = unlike[cold]
+            bound = self._bound(found, near, calibration.solver, calibration.solver_unfinished)
+            far = unlike[cold] if self.proof is None else torch.zeros_like(unlike[cold])  # a proof holds there too
             good = torch.where(far, found.converged, bound <= tol)
             bound = torch.where(far, torch.where(found.converged, torch.nan, torch.inf), bound)
             self._put(out, cold, *_parts(found, bound), Path.SOLVER, good, found.evaluations)
@@ -187,7 +192,14 @@ class TrainedSolver:
     def _solved(self, a: Context, b: Tensor, number: int) -> Solution:
         # Started anew: rows of one search, and of the next, have the same draws.
         with draws(stream_seed(0, "gap search", number), b.device):
-            return self.solver.solve(self.module, a, b)
+            return self.solver.solve(self.module, self.module.prepare(a), b)
+
+    def _bound(self, found: Solution, a: Context, finished: Conformal, unfinished: Conformal) -> Tensor:
+        """On what a solver found: by the problem's own certificate, or by whether it met its tolerance."""
+        if self.proof is not None:
+            return _limited(self.proof.bound(self.module, found.b, a), found.value)
+        quantile = found.value.new_tensor([unfinished.quantile, finished.quantile])
+        return _limited(quantile[found.converged.long()], found.value)
 
     def _put(
         self,
@@ -217,9 +229,13 @@ class TrainedSolver:
         rows.evaluations[at] += evaluations
         return good
 
-    def _answer(self, a: Context, rows: Rows, plain: bool) -> Answer:
+    def decoded(self, a: Context, rows: Rows) -> tuple[Any, Tensor]:
+        """Solutions in the problem's own terms, of those rows that are finite, and which these are ``(B,)``."""
         finite = rows_where(torch.isfinite, rows.b) & rows.objective.isfinite()
-        decoded = self.module.decode(take(rows.b, finite), take(a, finite))
+        return self.module.decode(take(rows.b, finite), take(self._placed(a), finite)), finite
+
+    def _answer(self, a: Context, rows: Rows, plain: bool) -> Answer:
+        decoded, finite = self.decoded(a, rows)
         path = WORDS[rows.path.cpu().numpy()]
         found = Answer(
             rows.b,
@@ -253,15 +269,11 @@ def _parts(found: Solution, bound: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return found.b, found.value, bound, found.violation
 
 
-def _either(found: Solution, finished: Conformal, unfinished: Conformal) -> Tensor:
-    """The bound on what a solver found, by whether it met its tolerance."""
-    quantile = found.value.new_tensor([unfinished.quantile, finished.quantile])
-    return _limited(quantile[found.converged.long()], found.value)
-
-
 def _limited(bound: Tensor, value: Tensor) -> Tensor:
     """No bound is below the rounding of the value that it is on."""
-    return torch.maximum(bound, 4 * torch.finfo(value.dtype).eps * value.abs()).nan_to_num(nan=torch.inf)
+    return torch.maximum(bound.to(value.dtype), 4 * torch.finfo(value.dtype).eps * value.abs()).nan_to_num(
+        nan=torch.inf
+    )
 
 
 def _is_numpy(a: Any) -> bool:

@@ -39,8 +39,8 @@ class CharacterTask(NamedTuple):
 class CharacterTasks(ContextDataModule, abc.ABC):
     """N-way K-shot tasks of characters, without end for training; a subclass has the :meth:`images` of each split.
 
-    In training a character turned by a right angle is another character, and every image is turned, sheared, scaled and moved a
-    little. Evaluation tasks are as the images are, each with a stream of its own.
+    In training a character turned by a right angle is another character, and every image is turned, sheared, scaled and
+    moved a little. Evaluation tasks are as the images are, each with a stream of its own.
 
     Args:
         ways: N, characters in a task.

@@ -8,25 +8,28 @@ of a :class:`~amortized.problems.meta.Template` m, and
 The model observes the support set alone, so that its refinement descends the support error. What is called by many names is one
 choice of ``network`` and ``refine`` each:
 
-==================  ==========================================  ============================================  ==============
-method              network                                     refine                                        template
-==================  ==========================================  ============================================  ==============
-MAML                ``LearnedInitialization``                   ``GradientDescent``                           ``all``
-first-order MAML    ``LearnedInitialization``                   ``GradientDescent(unroll=0)``                 ``all``
-Meta-SGD            ``LearnedInitialization``                   ``GradientDescent(learn_lr, features=P)``     ``all``
-ANIL                ``LearnedInitialization``                   ``GradientDescent``                           ``last``
-iMAML               ``LearnedInitialization``                   ``Proximal``                                  ``all``
-CAVIA               ``LearnedInitialization``                   ``GradientDescent``                           ``film``
-hypernetwork        ``DeepSet``, ``SetTransformer``             none                                          any
-hybrid              ``DeepSet``, ``SetTransformer``             ``GradientDescent``                           any
-prototypes          ``Prototypes``                              none, or ``GradientDescent``                  ``last``
-==================  ==========================================  ============================================  ==============
+====================  ==========================================  ================================================  ===========
+method                network                                     refine                                            template
+====================  ==========================================  ================================================  ===========
+MAML                  ``LearnedInitialization``                   ``GradientDescent``                               ``all``
+first-order MAML      ``LearnedInitialization``                   ``GradientDescent(unroll=0)``                     ``all``
+Meta-SGD              ``LearnedInitialization``                   ``GradientDescent(learn_lr=True, features=P)``    ``all``
+ANIL                  ``LearnedInitialization``                   ``GradientDescent``                               ``last``
+iMAML                 ``LearnedInitialization``                   ``Implicit(LBFGS(20), anchor=0.5)``               ``all``
+CAVIA                 ``LearnedInitialization``                   ``GradientDescent``                               ``film``
+hypernetwork          ``DeepSet``, ``SetTransformer``             none                                              any
+hybrid                ``DeepSet``, ``SetTransformer``             ``GradientDescent``                               any
+neural process        ``DeepSet``, ``SetTransformer``             none                                              ``film``
+prototypes            ``Prototypes``                              none, or ``GradientDescent``                      ``last``
+====================  ==========================================  ================================================  ===========
 
 A solver that is given the query set can fit it, so the gap is nearly all of the query error. What a solver would do
 in the model's place, on the support set, is measured by :class:`~amortized.problems.meta.Generalization`.
 
 Source: Shu (2017), *Amortized optimization*; Finn, Abbeel & Levine (2017), *Model-agnostic meta-learning*; Hospedales et al.
-(2021), *Meta-learning in neural networks: a survey*.
+(2021), *Meta-learning in neural networks: a survey*; Li et al. (2017), *Meta-SGD*; Raghu et al. (2020), *Rapid
+learning or feature reuse?* (ANIL); Rajeswaran et al. (2019), *Meta-learning with implicit gradients*; Zintgraf et al.
+(2019), *Fast context adaptation via meta-learning* (CAVIA).
 """
 
 from __future__ import annotations

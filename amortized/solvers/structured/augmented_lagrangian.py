@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from amortized.contract import Context, better, feasibility_tol, take, value_and_grad
-from amortized.solvers.base import Solution, Solver, Status, Trace, size, tolerance
+from amortized.solvers.base import Optimality, Solution, Solver, Status, Trace, size, tolerance
 from amortized.solvers.smooth.lbfgs import LBFGS
+from amortized.solvers.structured.kkt import of_constraints
 
 
 class Multiplied(NamedTuple):
@@ -142,6 +143,11 @@ class AugmentedLagrangian(Solver):
             going = (ended == int(Status.LIMIT)).nonzero()[:, 0]
             place, state, at, violation = place[going], take(state, going), at[going], violation[going]
         return best
+
+    def optimality(self, problem: Any, a: Context, found: Solution) -> Optimality:
+        """As :meth:`Solver.optimality`: the conditions of Karush, Kuhn and Tucker on the active set."""
+        assert found.dual is not None
+        return of_constraints(problem, a, found.b, found.dual)
 
     @staticmethod
     def _residual(lagrangian: _Lagrangian, state: Multiplied, b: Tensor) -> tuple[Tensor, Tensor]:

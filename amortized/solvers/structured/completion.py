@@ -94,18 +94,21 @@ class Completion(Solver):
         """Rows whose inequalities are violated, moved to where they are not, or as near as the steps came."""
         if not hasattr(rows.problem, "inequality"):
             return b
-        allowed, b = feasibility_tol(rows.problem) / 2, b.clone()
-        place = (rows.worst(b, a) > allowed).nonzero()[:, 0]
+        allowed, best = feasibility_tol(rows.problem) / 2, b.clone()
+        least = rows.worst(b, a)
+        place = (least > allowed).nonzero()[:, 0]
+        at, here = b[place], take(a, place)
         for _ in range(self.corrections):
             if not len(place):
                 break
-            here, at = take(a, place), b[place]
-            moved = rows.completed(at + rows.correction(at, here, self.margin), here, self.steps, self._tol(b))[0]
-            before, after = rows.worst(at, here), rows.worst(moved, here)
-            sound = (rows.error(moved, here) <= allowed) & (after < before)
-            b[place] = torch.where(sound.unsqueeze(1), moved, at)
-            place = place[sound & (after > allowed)]
-        return b
+            # A step may make it worse, as what it left out is curvature: the next one then starts nearer.
+            at = rows.completed(at + rows.correction(at, here, self.margin), here, self.steps, self._tol(b))[0]
+            off = torch.maximum(rows.worst(at, here), rows.error(at, here))
+            better = off < least[place]
+            best[place[better]], least[place[better]] = at[better], off[better]
+            index = ((off > allowed) & off.isfinite()).nonzero()[:, 0]
+            place, at, here = place[index], at[index], take(here, index)
+        return best
 
 
 class _Equations:

@@ -74,7 +74,7 @@ class InteriorPoint(RowSolver):
     The problem has ``equality(b, a)``, ``inequality(b, a)`` or both (:class:`~amortized.contract.Constrained`), twice
     differentiable; one with ``program`` is solved as such, by :class:`~.interior_point_program.ProgramInteriorPoint`. It is solved in float64 where it can be evaluated so.
 
-    ``residual`` is the largest entry of: the violation; ``∇L + Jᵀy + Dᵀz`` and ``s ∘ z``, relative to the largest entry of ∇L at
+    ``residual`` is the largest entry of: the violation; ``∇L + Jᵀy + Dᵀz`` and ``s·z``, relative to the largest entry of ∇L at
     the start and, where it is above 1, the mean multiplier. Of the iterates a feasible one is best, then one of small residual;
     of infeasible ones that of the smallest violation. ``dual`` is y, then z, ``(B, p + m)``. Where the problem is not convex the point is a local minimum. A row without a feasible point ends as
     ``LIMIT`` once no step is possible.
@@ -92,6 +92,7 @@ class InteriorPoint(RowSolver):
     """
 
     relative = False
+    needs = ("objective", "inequality")  # or equality, or program
 
     def __init__(self, steps: int = 60, tol: float | None = None, chunk: int | None = None) -> None:
         super().__init__(steps, tol, chunk)
@@ -248,7 +249,7 @@ class InteriorPoint(RowSolver):
         every = torch.cat([at.y, at.z], 1)
         weight = every.abs().mean(1).clamp(min=1) if every.shape[1] else torch.ones_like(unit)
         products = at.s * at.z
-        residual = torch.stack([lagrangian / weight, _violation(here), _largest(products) / weight]).amax(0)
+        residual = torch.stack([lagrangian / weight, _violation(here), products.sum(1) / weight]).amax(0)
         off = torch.maximum(_largest(here.c), _largest(here.d + at.s))
         error = torch.stack([lagrangian, off, _largest(products - mu.unsqueeze(1))]).amax(0)
         return residual, error
