@@ -147,6 +147,10 @@ def cards(found: Results, objective: str) -> list[tuple[str, str, str]]:
         off = "not finite" if c.violation_max is None else f"{c.violation_max:.2g}"
         told = f"of the predictions, within {c.tolerance:g}; largest violation {off}; solver {c.reference_feasible:.1%}"
         shown.insert(2, ("Rows feasible", f"{c.feasible:.1%}", told))
+    if m := found.measurements.get("certificate"):
+        bound = _number(m["median"])
+        told = f"of {m['contexts']} test contexts, of {1 - m['alpha']:.0%} promised; median bound {bound} ({m['kind']})"
+        shown.append(("Certificate holds", f"{m['coverage']:.1%}", told))
     if t.network is not None:
         reached = t.equal_quality_ratio
         shown += [
