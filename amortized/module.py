@@ -66,6 +66,8 @@ class AmortizedModule(LeanModule, abc.ABC):
         network: predicts solutions: ``network(observe(a)) -> b`` of shape ``(B, *)``, the shape of ``initial(a)``.
         refine: a solver whose few differentiable steps from the prediction belong to the model (semi-amortized:
             unrolled optimization, MAML, SA-VAE, learned optimizers). ``None``: fully amortized.
+        multipliers: predicts the multipliers of the constraints, ``multipliers(observe(a)) -> (B, m)``, which :meth:`dual` gives;
+            trained by a loss that knows of them. ``None``: none are predicted.
         loss: the training signal; ``None`` is :class:`~amortized.losses.objective.ObjectiveLoss`.
         optimizer: makes the optimizer from the module's parameters.
         scheduler: makes the learning-rate scheduler from the optimizer; it steps with every training step.
@@ -99,10 +101,12 @@ class AmortizedModule(LeanModule, abc.ABC):
         scheduler: LRSchedulerCallable | None = None,
         compile: bool = False,
         not_finite: Literal["stop", "skip"] = "stop",
+        multipliers: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.refine = refine
+        self.multipliers = multipliers
         self.loss = loss if loss is not None else ObjectiveLoss()
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -150,7 +154,7 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     def dual(self, a: Context) -> Tensor | None:
         """The multipliers that the model predicts, ``(B, m)``, for solvers started from its prediction; ``None``: it has none."""
-        return None
+        return None if self.multipliers is None else self.multipliers(self.observe(a))
 
     def decode(self, b: Tensor, a: Context) -> Any:
         """The solution in the problem's own terms: a tensor, a ``NamedTuple`` of tensors or a distribution."""
@@ -343,7 +347,9 @@ class AmortizedModule(LeanModule, abc.ABC):
     def on_validation_epoch_start(self) -> None:
         names = evaluation_names(self.trainer)
         self._objective_means = [MeanMetric(nan_strategy="disable").to(self.device) for _ in names]
-        self._bad_rows = MeanMetric().to(self.device)  # anew: a test's are inference tensors, which a fit cannot go on with
+        self._bad_rows = MeanMetric().to(
+            self.device
+        )  # anew: a test's are inference tensors, which a fit cannot go on with
 
     on_test_epoch_start = on_validation_epoch_start
 

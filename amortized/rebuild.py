@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -58,6 +59,8 @@ def _known(settings: Any) -> Any:
     if not isinstance(settings, dict):
         return settings
     settings = {name: _known(value) for name, value in settings.items()}
+    if _missing({"class_path": settings.get("class_path")}):
+        settings["class_path"] = _moved(settings["class_path"])
     given = settings.get("init_args")
     if isinstance(settings.get("class_path"), str) and isinstance(given, dict) and not _missing(settings):
         module, _, name = settings["class_path"].rpartition(".")
@@ -65,6 +68,20 @@ def _known(settings: Any) -> Any:
         takes = {parameter for base in bases for parameter in inspect.signature(base.__init__).parameters}
         settings["init_args"] = {name: value for name, value in given.items() if name in takes or value is not None}
     return settings
+
+
+def _moved(path: str) -> str:
+    """Where a class of this project is now that is not where a checkpoint says; the path itself, if there is none."""
+    if not path.startswith("amortized."):
+        return path
+    for package in ("amortized.networks", "amortized.problems", "amortized.solvers"):
+        importlib.import_module(package)
+    name = path.rpartition(".")[2]
+    for module in [module for known, module in sys.modules.items() if known.startswith("amortized.")]:
+        found = getattr(module, name, None)
+        if isinstance(found, type) and found.__module__ == module.__name__:
+            return f"{found.__module__}.{name}"
+    return path
 
 
 def _missing(settings: Any) -> str | None:

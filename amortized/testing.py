@@ -157,7 +157,7 @@ def declared_optimum_is_attained(module: AmortizedModule, data: ContextDataModul
     solution = LBFGS(500).solve(module, a, module.initial(a))
     assert solution.converged.all(), "L-BFGS does not converge on every row"
     above = float((solution.value - family).detach().abs().max())
-    assert above < 1e-6 * (1 + float(family.abs().max())), (
+    assert above < 1e-6 * (1 + float(family.detach().abs().max())), (
         f"L-BFGS ends {above:.3g} from the declared optimum: where the solutions are a family that does not attain it, "
         "declare family_optimum too"
     )

@@ -82,7 +82,7 @@ def portfolio(rows: int = 256, n: int = 50) -> Family:
 
 
 def control(rows: int = 1024, horizon: int = 20) -> Family:
-    """Model predictive control of x⁺ = x + 0.2 v, v⁺ = v + 0.2 u with |u| ≤ 1, |x| ≤ 5, |v| ≤ 2; states without a plan left out."""
+    """Model predictive control of x⁺ = x + 0.2 v, v⁺ = v + 0.2 u with |u| ≤ 1, |x| ≤ 5, |v| ≤ 2, of states that have a plan."""
     step, push = torch.tensor([[1, 0.2], [0, 1]], dtype=D), torch.tensor([0.02, 0.2], dtype=D)
     powers = [torch.linalg.matrix_power(step, t) for t in range(horizon + 1)]
     moved = torch.zeros(horizon, 2, horizon, dtype=D)

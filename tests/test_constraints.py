@@ -24,11 +24,13 @@ from amortized.contract import (
     feasible_value,
     violation,
 )
+from amortized.evaluation.advice import advice
 from amortized.evaluation.best_known import BestKnown
 from amortized.evaluation.budget import default_rivals, measure_budget
 from amortized.evaluation.gap import Cases, measure_gap, worst_of
 from amortized.evaluation.metric import GapRows, gap_statistics
 from amortized.evaluation.results import Results
+from amortized.report.table import lines
 from amortized.solvers import (
     ADMM,
     FISTA,
@@ -566,3 +568,21 @@ def test_the_monitor_chooses_and_tells_its_solver():
     assert type(monitor.solver) is ADMM
     assert isinstance(monitor.table, GapRows)
     assert monitor.results["feasible"] <= 1
+
+
+def test_a_model_that_breaks_its_constraints_is_no_win_and_is_told_so():
+    """DC3's families, where such a model was reported as 63 % better than the optimum, and the solver as always lost."""
+    a = torch.tensor([[2.0, 0.5], [-1.0, 3.0]], dtype=D)
+    model = Constant(Sphere(), [2.0, 3.0])
+    *_, found = measured(model, a)
+    results = Results.of(found)
+    shown = dict(lines(results, "distance"))
+    assert shown["amortization gap, mean ± standard error"] == "none: no row is feasible on both sides"
+    assert shown["distance, network"] == shown["distance, solver"] == "no row to compare"
+    assert shown["rows where the cold solver lost to the network"] == "0.0%"
+    assert shown["rows feasible within 0.0001: network, solver"] == "0.0%, 100.0%"
+    assert Results.from_json(json.loads(json.dumps(results.to_json()))) == results
+    assert advice(model, AugmentedLagrangian(), found).startswith(
+        "only 0.0% of the predictions are feasible: a loss that"
+    )
+    assert "--gap.solver AugmentedLagrangian" in advice(model, LBFGS(), found)

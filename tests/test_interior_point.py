@@ -142,7 +142,10 @@ class Programs:
 def test_programs_end_where_admm_ends_with_its_multipliers(own):
     problem = Programs(own)
     b = torch.zeros(32, 8, dtype=torch.float64)
-    found, other = InteriorPoint(tol=1e-9).solve(problem, problem.a, b), ADMM(tol=1e-9, steps=50000).solve(problem, problem.a, b)
+    found, other = (
+        InteriorPoint(tol=1e-9).solve(problem, problem.a, b),
+        ADMM(tol=1e-9, steps=50000).solve(problem, problem.a, b),
+    )
     both = found.converged & other.converged
     assert found.converged.double().mean() > 0.8
     assert (found.converged | ~other.converged).all()
@@ -167,7 +170,13 @@ def test_programs_without_a_solution_are_proved_so_row_by_row():
             one = torch.ones(len(a), 1, dtype=a.dtype)
             A = torch.tensor([[1.0, 0], [0, 1], [1, 1]], dtype=a.dtype)
             lower = torch.cat([-one, torch.where(a[:, 1:2] > 0, -torch.inf, -1.0), a[:, :1]], 1)
-            return QuadraticProgram(torch.diag(torch.tensor([1.0, 0], dtype=a.dtype)), one.expand(-1, 2), A, lower, torch.cat([one, one, 9 * one], 1))
+            return QuadraticProgram(
+                torch.diag(torch.tensor([1.0, 0], dtype=a.dtype)),
+                one.expand(-1, 2),
+                A,
+                lower,
+                torch.cat([one, one, 9 * one], 1),
+            )
 
         def objective(self, b, a):
             return b[:, 0] ** 2 / 2 + b.sum(1)

@@ -1,6 +1,9 @@
 """Few-shot learning: templates, methods that are one network and one refinement each, tasks, and what is measured."""
 
+import json
 import math
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from amortized.cli.app import main
 from amortized.contract import ProblemError, evaluate, map_leaves, take, value_and_grad
 from amortized.networks import MLP, ConvBlocks, DeepSet, LearnedInitialization, SetTransformer
 from amortized.problems import (
@@ -229,6 +233,21 @@ def test_a_solver_of_the_support_set_overfits_it():
     assert (found["support_solver"] < found["support_network"]).all()
     torch.testing.assert_close(found["query_network"], evaluate(module, module(a), a))
     assert found["wins"].mean() == (found["query_network"] < found["query_solver"]).float().mean()
+
+
+def test_the_report_of_a_test_tells_both_sets_apart(capsys):
+    small = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.num_val=8", "--data.num_test=24"]
+    small += ["--data.eval_batch_size=16", "--gap.solver.steps=5", "--budget.enabled=false"]
+    main(["fit", "-c", "metasgd_sinusoid", "--run_folder=run", "--trainer.enable_progress_bar=false", *small])
+    found = json.loads(Path("run/results.json").read_text())
+    both = found["generalization"]
+    assert both["tasks"] == 24
+    assert both["query_network"] == pytest.approx(found["objective"]["network"], rel=1e-4)
+    assert both["support_solver"] < both["support_network"]
+    assert Path("run/pictures/generalization.png").stat().st_size > 10_000
+    table = capsys.readouterr().out
+    assert re.search(rf"query set .*{both['query_network']:.4g} ± .*; {both['query_solver']:.4g} ±", table)
+    assert re.search(rf"tasks on which the network is better +{both['wins']:.1%}", table)
 
 
 def test_the_exact_posterior_is_that_of_regression_in_closed_form():

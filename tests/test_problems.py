@@ -17,7 +17,9 @@ from amortized.networks import (
     ConvEncoder,
     DeepSet,
     LearnedInitialization,
+    MessagePassing,
     Recurrent,
+    ResidualMLP,
     SetMoments,
     SetTransformer,
 )
@@ -30,7 +32,10 @@ from amortized.problems import (
     CloudPotential,
     CloudTransport,
     ConditionalFlow,
+    ConvexDC3,
+    DC3Contexts,
     DoubleIntegrator,
+    FactorMarkets,
     FewShotClassification,
     FewShotRegression,
     GaussianLinear,
@@ -51,8 +56,14 @@ from amortized.problems import (
     MixtureClouds,
     NeuralPosterior,
     NeuralProcess,
+    NonconvexDC3,
+    OperatingPoint,
     Pendulum,
     Policy,
+    Portfolio,
+    PowerFlow,
+    PowerFlowContexts,
+    PowerFlowLoss,
     Prototypes,
     Simulations,
     Sinusoid,
@@ -68,7 +79,7 @@ from amortized.problems import (
 )
 from amortized.problems.inference.evidence import AnnealedImportanceSampling
 from amortized.problems.style import Stylization
-from amortized.solvers import LBFGS, Gauge, GradientDescent, LearnedUpdate
+from amortized.solvers import LBFGS, Completion, Gauge, GradientDescent, LearnedUpdate, Simplex
 from amortized.testing import CHECKS, check_problem, equal
 
 
@@ -121,6 +132,19 @@ def conv_vae():
 
 def moves_inside_the_cube(plan):
     return (plan.map > -1e-4).all() and (plan.map < 1 + 1e-4).all() and (plan.cost > -1e-6).all() and finite(plan.f)
+
+
+def messages():
+    return MessagePassing(["mean"], "covariance", 1, 8, 2)
+
+
+def power_flow():
+    network = OperatingPoint("case14", [16])
+    return PowerFlow(network, refine=Completion(corrections=3), loss=PowerFlowLoss())
+
+
+def within_physics(dispatch):
+    return all(finite(x) for x in dispatch)
 
 
 def simulations(simulator):
@@ -193,6 +217,10 @@ CASES = {
     "double integrator": Case(lambda: DoubleIntegrator(MLP(2, 20), refine=Gauge()), IntegratorStates, finite),
     "pendulum": Case(lambda: swing_up(Pendulum()), of_system(Pendulum), weak),
     "cart-pole": Case(lambda: swing_up(CartPole()), of_system(CartPole), weak),
+    "DC3": Case(lambda: ConvexDC3(ResidualMLP(50, 100, [16]), refine=Gauge()), DC3Contexts, finite),
+    "DC3, not convex": Case(lambda: NonconvexDC3(ResidualMLP(50, 100, [16]), refine=Gauge()), DC3Contexts, finite),
+    "portfolio": Case(lambda: Portfolio(messages(), refine=Simplex()), FactorMarkets, finite),
+    "power flow": Case(power_flow, PowerFlowContexts, within_physics),
     "style": Case(lambda: StyleTransfer(Stylization(channels=(4, 8, 8), blocks=1, embedding=8)), StylePairs, in_unit_cube),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from lightning import Trainer
 from runs import Run
 from toy import Drawn, Gaussians, Quadratic
 
-from amortized.callbacks import BudgetMonitor, GapMonitor
+from amortized.callbacks import BudgetMonitor, CertificateMonitor, GapMonitor, Report
 from amortized.cli.app import main
 from amortized.contract import CommonDraws
 from amortized.evaluation.budget import Curve, first, measure_budget
@@ -417,3 +417,20 @@ def test_processes_gather_the_worst_contexts():
     assert len(tables[0]) == 8
     assert tables[0] == tables[1]
     assert any(300 <= int(index) < 600 for index in tables[0])  # of the second process
+
+
+def test_the_page_says_what_was_solved_and_how_often_the_certificate_holds(tmp_path):
+    class Described(Quadratic):
+        """Twice the context. And more that nobody asked for."""
+
+    module, gap, certificate = Described(), GapMonitor(), CertificateMonitor()
+    data = Gaussians(num_val=64, num_test=64)
+    report = Report("described", gap)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(default_root_dir=tmp_path, callbacks=[gap, certificate, report], accelerator="cpu", **quiet)
+    certificate.calibrate(trainer, module, data, gap)
+    trainer.test(module, data, verbose=False)
+    html = (tmp_path / "report.html").read_text()
+    assert "<p>Twice the context. Network against solver on 64 held-out contexts.</p>" in html
+    assert re.search(r"Certificate holds</span><b>[\d.]+%</b><span>of 64 test contexts, of 90% promised", html)
+    assert "prefers-color-scheme: dark" in html

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from amortized.callbacks.gap import GapMonitor
+from amortized.certificates import Certificate
 from amortized.certificates.conformal import ASSUMPTION, coverage
 from amortized.contexts.data_module import ContextDataModule
-from amortized.evaluation.calibration import ALPHA, CONTEXTS, Calibration, calibrate_model
+from amortized.evaluation.calibration import ALPHA, CONTEXTS, Calibration, calibrate_model, proof_for
 from amortized.module import AmortizedModule
 
 
@@ -38,6 +39,7 @@ class CertificateMonitor(Callback):
         self.calibration: Calibration | None = None
         self.results: dict[str, Any] = {}
         self.captions: dict[str, tuple[str, str]] = {}
+        self._certificate: Certificate | None = None
         self._bounds: list[tuple[Tensor, Tensor]] = []
 
     def calibrate(
@@ -67,13 +69,14 @@ class CertificateMonitor(Callback):
         if self.calibration is not None and dataloader_idx == 0:
             number = batch_idx * trainer.world_size + trainer.global_rank
             index = number * 2**20 + torch.arange(len(outputs))  # as the gap's monitor numbers them
-            bound = self.calibration.network.bound(pl_module, outputs, batch)  # type: ignore[arg-type]
+            self._certificate = proof_for(pl_module) or self.calibration.network  # type: ignore[arg-type]
+            bound = self._certificate.bound(pl_module, outputs, batch)
             self._bounds.append((index, bound.double().cpu()))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gap = next((c for c in trainer.callbacks if isinstance(c, GapMonitor)), None)  # type: ignore[attr-defined]
         parts: list[Any] = [self._bounds]
-        if self.calibration is None or gap is None:
+        if self.calibration is None or gap is None or self._certificate is None:
             return
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size
@@ -85,7 +88,7 @@ class CertificateMonitor(Callback):
         known = found.isfinite()
         network = self.calibration.network
         self.results = {
-            "kind": network.kind,
+            "kind": self._certificate.kind,
             "alpha": network.alpha,
             "calibrated_on": network.n,
             "assumption": ASSUMPTION,

@@ -99,7 +99,7 @@ class PredictionWriter(Callback):
         else:
             columns = {} if names is None else {"name": names}
             columns |= arrays(outputs["b"], "b") | objective
-            columns |= {k: _filled(v, finite["finite"]) for k, v in arrays(outputs["decoded"]).items()}
+            columns |= {k: filled(v, finite["finite"]) for k, v in arrays(outputs["decoded"]).items()}
             columns |= arrays(batch, "a") if self.contexts else {}
         self._batches.append((number, columns | finite))
 
@@ -138,7 +138,7 @@ def _concatenated(batches: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     full = max(batches, key=len)
     for parts in batches:
         none = np.zeros(len(parts["finite"]), bool)
-        parts |= {key: _filled(column[:0], none) for key, column in known.items() if key not in parts}
+        parts |= {key: filled(column[:0], none) for key, column in known.items() if key not in parts}
     return {key: np.concatenate([parts[key] for parts in batches]) for key in full}
 
 
@@ -149,7 +149,7 @@ def _tell_rows(which: np.ndarray, what: str) -> None:
         rank_zero_warn(f"{len(rows)} of {len(which)} {'is' if len(rows) == 1 else 'are'} {what}: row {named}")
 
 
-def _filled(rows: np.ndarray, given: np.ndarray) -> np.ndarray:
+def filled(rows: np.ndarray, given: np.ndarray) -> np.ndarray:
     """The ``given`` rows, in their places, and NaN in the others; integers become floats for it."""
     if given.all() and len(rows) == len(given):
         return rows

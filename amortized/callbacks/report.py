@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -119,7 +120,7 @@ class Report(Callback):
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
         return page(
             title=self.name,
-            subtitle=f"{title(found, self.name).split(': ')[1].capitalize()}.",
+            subtitle=f"{_what(module)} {title(found, self.name).split(': ')[1].capitalize()}.".strip(),
             cards=cards(found, module.objective_name),
             numbers=[
                 *lines(found, module.objective_name),
@@ -218,3 +219,9 @@ def _draw(module: AmortizedModule, a: Any, network: torch.Tensor, solver: torch.
     module, a = at_least_float32(module, a)  # half precision is none that can be drawn
     with torch.no_grad():
         return module.draw(a, {"network": network, "solver": solver})
+
+
+def _what(module: AmortizedModule) -> str:
+    """The first sentence of the problem's docstring, unless it has none of its own."""
+    text = " ".join((type(module).__doc__ or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[.])\s", text)[0]

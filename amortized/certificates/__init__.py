@@ -8,6 +8,8 @@ kind                       number                                               
 :class:`Duality`           ``L(b; a) − D(y; a)``, D the dual function             bound on the gap of quadratic programs, always
 :class:`Gradient`          ``‖∇L(b; a)‖² / 2μ``; ``‖∇L(b; a)‖`` without μ         bound on the gap where L is μ-strongly convex
 :class:`FixedPoint`        ``‖T(b; a) − b‖ / (1 − q)``; without q the residual    bound on ``‖b − b*‖`` where T contracts by q
+:class:`Conformal`         ``q (c + ‖∇L(b; a)‖²)``, q calibrated on contexts      bound on the gap to what solvers find,
+                           held out                                               for 1 − α of exchangeable contexts
 =========================  =====================================================  ==============================================
 
 A bound on the gap says nothing of feasibility: an infeasible prediction's gap may be negative, and its violation is a
@@ -15,7 +17,8 @@ number of its own.
 """
 
 from amortized.certificates.base import Certificate
+from amortized.certificates.conformal import Conformal
 from amortized.certificates.duality import Dual, Duality
 from amortized.certificates.smooth import FixedPoint, Gradient
 
-__all__ = ["Certificate", "Dual", "Duality", "FixedPoint", "Gradient"]
+__all__ = ["Certificate", "Conformal", "Dual", "Duality", "FixedPoint", "Gradient"]

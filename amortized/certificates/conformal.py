@@ -17,11 +17,13 @@ Source: Vovk, Gammerman & Shafer (2005); scores in units of a difficulty, Papado
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from amortized.certificates.base import Certificate
 from amortized.contract import (
     CommonDraws,
     Context,
@@ -39,24 +41,25 @@ ASSUMPTION = "the context is exchangeable with the validation contexts, and not 
 """On which the bound rests."""
 
 
-class Conformal(NamedTuple):
+@dataclass(frozen=True)
+class Conformal(Certificate):
     """A calibrated bound; ``unit`` (c) is ``None`` where the score is the gap itself, and the bound one number for all rows."""
 
+    kind = "conformal"
     quantile: float
     """q, infinite where n is too small for alpha."""
     alpha: float
-    """The rows, of all contexts, on which the bound may fail."""
+    """The fraction of contexts on which the bound may fail."""
     n: int
     """Held-out contexts that it was calibrated on."""
     unit: float | None = None
     """c, in units of the squared gradient."""
 
     @property
-    def kind(self) -> str:
-        """What sort of certificate it is."""
-        return "conformal"
+    def claim(self) -> Literal["estimate"]:
+        return "estimate"
 
-    def bound(self, problem: Problem, b: Tensor, a: Context) -> Tensor:
+    def bound(self, problem: Any, b: Tensor, a: Context) -> Tensor:
         """The bound on the gap of each row, ``(B,)``, in the objective's unit; never negative."""
         if self.unit is None:
             return b.new_full((len(b),), self.quantile)

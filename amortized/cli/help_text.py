@@ -63,6 +63,8 @@ COMMANDS = {
     "validate": "measure a trained model on the validation contexts",
     "test": "measure a trained model on the test contexts, with a report",
     "predict": "write the solutions of given contexts to a file",
+    "export": "write prediction, objective and certificate as one graph for PyTorch or ONNX",
+    "serve": "solve contexts that come by HTTP",
     "solve": "solve any number of contexts, each with a certificate, into a folder of shards",
 }
 STARTING = {

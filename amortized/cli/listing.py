@@ -34,11 +34,13 @@ def listing(word: str | None = None, width: int = 80) -> str:
             shows = [textwrap.shorten(told.shows, width - 4, placeholder=" …")]
         lines += [f"    {line}" for line in shows]
     first = "vae_digits" if "vae_digits" in chosen else next(iter(chosen))
-    lines += [
-        "",
-        f"next: amortized fit -c {first}   train it, and measure it against a solver",
-        f"      amortized list {first}     the whole of what it shows",
-        f"      amortized copy {first}     its settings as a file of yours",
-        "      amortized new PROBLEM         a problem of your own",
-    ]
+    following = {
+        f"fit -c {first}": "train it, and measure it against a solver",
+        f"list {first}": "the whole of what it shows",
+        f"copy {first}": "its settings as a file of yours",
+        "new PROBLEM": "a problem of your own",
+    }
+    column = max(map(len, following)) + 3
+    steps = [f"      amortized {command:<{column}}{what}" for command, what in following.items()]
+    lines += ["", steps[0].replace("      ", "next: ", 1), *steps[1:]]
     return "\n".join([*lines, ""])

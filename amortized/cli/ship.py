@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -128,5 +128,72 @@ def solve(
     say(f"{found['shards']} of {plan.shards} shards, {found['contexts']:,} contexts in {out}: {paths}")
 
 
-COMMANDS: dict[str, Any] = {"solve": solve}
+def export(
+    solver: TrainedSolver, path: Path, format: Literal["torch", "onnx"] = "torch", out: str | None = None
+) -> None:
+    """Write prediction, objective and certificate as one graph that runs without amortized.
+
+    Args:
+        solver: trained.
+        path: of its checkpoint.
+        format: For torch.export.load, or for an ONNX runtime.
+        out: The file; by default the recipe's name in the working directory.
+    """
+    from amortized.shipping.export import SUFFIX
+    from amortized.shipping.export import export as write
+
+    file = Path(out or solver.name).with_suffix(SUFFIX[format])
+    about = write(solver, file, format, checkpoint.sha256(path))
+    off = max(about["largest_difference"].values())
+    say(f"written to {file}; on {about['compared_on']} contexts it is the module's to within {off:.2g}")
+
+
+def serve(
+    solver: TrainedSolver,
+    path: Path,
+    tol: float = 1e-3,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    workers: int = 1,
+    solvers: int = 1,
+    max_rows: int = 4096,
+    max_megabytes: float = 16,
+    max_pending: int = 256,
+    deadline: float = 10,
+    timeout: float = 60,
+) -> None:
+    """Solve contexts that come by HTTP; a page at / shows how to ask.
+
+    Args:
+        solver: trained.
+        path: of its checkpoint.
+        tol: What a solution may lack, in the objective's unit.
+        host: 127.0.0.1 serves this machine alone, 0.0.0.0 everyone who can reach it.
+        port: From 1024 to 65535.
+        workers: Processes that predict and certify, for each device.
+        solvers: Processes that solve the rows which the network does not.
+        max_rows: Contexts in a request.
+        max_megabytes: Of a request.
+        max_pending: Requests at a time.
+        deadline: Seconds that the solver has for the rows of a request.
+        timeout: Seconds after which a request is given up.
+    """
+    try:
+        from amortized.shipping.serve import Limits, Service
+        from amortized.shipping.serve import serve as run_server
+    except ImportError as error:
+        raise UsageError(f"serve needs {error.name}: pip install 'amortized[serve]'") from error
+    if not 1024 <= port <= 65535 or host not in ("127.0.0.1", "0.0.0.0", "::"):
+        raise UsageError(f"--port is from 1024 to 65535, --host 127.0.0.1, 0.0.0.0 or ::; got {port} and {host}")
+    if not tol > 0:
+        raise ProblemError(f"--tol must be positive, in the objective's unit; got {tol}")
+    limits = Limits(max_rows, max_megabytes, max_pending, deadline, timeout)
+    service = Service(path, tol, limits, workers, solvers)
+    say(
+        f"serves {service.about['recipe']} at http://{'localhost' if host == '::' else host}:{port}/ once its workers are ready"
+    )
+    run_server(service, host, port)
+
+
+COMMANDS: dict[str, Any] = {"solve": solve, "export": export, "serve": serve}
 """Commands that take a trained model and no trainer."""

@@ -5,7 +5,16 @@ row. Contexts ``a`` are a tensor or a ``NamedTuple`` of tensors; solutions ``b``
 """
 
 from amortized.contract.check import check_constraints, check_context, check_objective, check_support
-from amortized.contract.constraints import best_of, better, constrained, feasibility_tol, feasible_value, violation
+from amortized.contract.constraints import (
+    Bounded,
+    best_of,
+    better,
+    bounded,
+    constrained,
+    feasibility_tol,
+    feasible_value,
+    violation,
+)
 from amortized.contract.draws import CommonDraws, draws, is_random, start_draws
 from amortized.contract.error import ProblemError
 from amortized.contract.problem import (
@@ -29,6 +38,7 @@ from amortized.contract.rows import Context, concatenate, leaves, map_leaves, nu
 from amortized.contract.streams import check_seed, stream_seed
 
 __all__ = [
+    "Bounded",
     "CommonDraws",
     "Composite",
     "Constrained",
@@ -46,6 +56,7 @@ __all__ = [
     "QuadraticProgram",
     "best_of",
     "better",
+    "bounded",
     "check_constraints",
     "check_context",
     "check_objective",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from amortized.contract.error import ProblemError
 from amortized.contract.problem import Problem, polyhedron
 from amortized.contract.rows import Context
 
@@ -36,22 +37,61 @@ def violation(problem: Problem, b: Tensor, a: Context) -> Tensor:
     of ``max(A b − upper, lower − A b, 0)`` where it has ``program`` or ``polyhedron``; else of ``|b − project(b)|`` where it
     has that. NaN where a constraint is. Differentiable where the constraints are.
     """
-    p: Any = problem
     if not len(b):
         return b.new_zeros(0)
+    if any(_states(problem, name) for name in ("equality", "inequality", "program", "polyhedron")):
+        off = bounded(problem, b, a).outside
+    elif _states(problem, "project"):
+        p: Any = problem
+        off = (b - p.project(b, a)).abs()
+    else:
+        return b.new_zeros(len(b))
+    return torch.cat([b.new_zeros(len(b), 1), off.flatten(1)], 1).amax(1)
+
+
+class Bounded(NamedTuple):
+    """All constraints of a problem in one form, ``lower ≤ v(b; a) ≤ upper``, each ``(B, m)``."""
+
+    value: Tensor
+    """``v``: the problem's ``equality`` and then its ``inequality``, or ``A b`` of its ``polyhedron`` or ``program``."""
+    lower: Tensor
+    upper: Tensor
+
+    @property
+    def outside(self) -> Tensor:
+        """How far each is from within its bounds ``(B, m)``; never 0 of bounds that contradict each other."""
+        return torch.maximum(self.value - self.upper, self.lower - self.value).clamp(min=0)
+
+    def nearest(self, shift: Tensor | float = 0.0) -> Tensor:
+        """What is nearest to ``v + shift`` within the bounds."""
+        return torch.maximum(torch.minimum(self.value + shift, self.upper), self.lower)
+
+
+def bounded(problem: Problem, b: Tensor, a: Context) -> Bounded:
+    """The constraints at ``b``, differentiable where they are.
+
+    Multipliers y of this form, ``∇L + (∂v/∂b)ᵀ y = 0``, are those of :class:`~amortized.solvers.ADMM` and of
+    :class:`~amortized.solvers.AugmentedLagrangian`: positive where the upper bound holds, negative where the lower one does.
+
+    Raises:
+        ProblemError: if the problem has no constraints of these kinds.
+    """
+    p: Any = problem
     if _states(p, "equality") or _states(p, "inequality"):
-        parts = [p.equality(b, a).abs()] if _states(p, "equality") else []
-        parts += [p.inequality(b, a).clamp(min=0)] if _states(p, "inequality") else []
-    elif _states(p, "program") or _states(p, "polyhedron"):
+        none = b.new_zeros(len(b), 0)
+        c = p.equality(b, a).flatten(1) if _states(p, "equality") else none
+        d = p.inequality(b, a).flatten(1) if _states(p, "inequality") else none
+        value = torch.cat([c, d], 1)
+        lower = torch.cat([torch.zeros_like(c), torch.full_like(d, -torch.inf)], 1)
+        return Bounded(value, lower, torch.zeros_like(value))
+    if _states(p, "program") or _states(p, "polyhedron"):
         A, lower, upper = polyhedron(p, a)
         x = b.flatten(1)
         ab = x @ A.mT if A.ndim == 2 else torch.bmm(x.unsqueeze(1), A.mT).squeeze(1)
-        parts = [torch.maximum(ab - upper, lower - ab).clamp(min=0)]
-    elif _states(p, "project"):
-        parts = [(b - p.project(b, a)).abs()]
-    else:
-        return b.new_zeros(len(b))
-    return torch.cat([b.new_zeros(len(b), 1), *(part.flatten(1) for part in parts)], 1).amax(1)
+        return Bounded(ab, lower, upper)
+    raise ProblemError(
+        f"{type(problem).__name__} has no constraints: write equality(b, a), inequality(b, a), polyhedron(a) or program(a)"
+    )
 
 
 def feasible_value(problem: Problem, b: Tensor, value: Tensor, a: Context) -> Tensor:

@@ -40,6 +40,8 @@ def value_and_grad(problem: Problem, b: Tensor, a: Context, create_graph: bool =
     with torch.enable_grad():
         b = b if create_graph and b.requires_grad else b.detach().requires_grad_()
         value = problem.objective(b, a)
+        if not len(b):  # an objective of no rows may have no graph
+            return value.detach(), torch.zeros_like(b)
         (grad,) = torch.autograd.grad(value.sum(), b, create_graph=create_graph)
     return (value, grad) if create_graph else (value.detach(), grad)
 

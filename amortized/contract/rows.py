@@ -26,7 +26,7 @@ def leaves(a: Context) -> list[Tensor]:
 
 def num_rows(a: Context) -> int:
     """B, the number of problems in a batch of contexts."""
-    return len(leaves(a)[0])
+    return leaves(a)[0].shape[0]  # not len(), which a graph with a free batch size cannot hold
 
 
 def _parts(a: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Whether the solver that the gap is measured with suits the problem, told from what was found."""
+"""Whether the gap that was measured means what it seems to, told from what was found."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def advice(problem: Any, solver: Solver, gap: dict[str, float]) -> str | None:
         return (
             f"the solver found nothing feasible on {gap['unsolved']:.1%} of the rows, and has no proof that there is nothing "
             f"on {gap['unsolved'] - gap['impossible']:.1%}: more --gap.solver.steps, or --gap.solver MultiStart"
+        )
+    if gap.get("feasible", 1) < 0.5 * gap.get("reference_feasible", 1):
+        return (
+            f"only {gap['feasible']:.1%} of the predictions are feasible: a loss that knows the constraints (--model.loss "
+            "PenaltyLoss), or a model that meets them (--model.refine Projection, Gauge, Seek)"
         )
     if abs(gap["mean"]) <= gap["rounding"] and gap["rounding"] > 1e-9 * abs(gap["network"]):
         return (

@@ -8,11 +8,14 @@ tolerance and one for others, so that each bound is for contexts that take that 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from amortized.certificates import Certificate, Duality
 from amortized.certificates.conformal import ASSUMPTION, Conformal, calibrate, squared_gradient
 from amortized.certificates.likeness import Likeness, features, fit_likeness
 from amortized.contexts.data_module import ContextDataModule
@@ -36,19 +39,24 @@ class Calibration(NamedTuple):
     solver: Conformal
     solver_unfinished: Conformal
     likeness: Likeness
+    gap: float
+    """Mean gap of the predictions, in the objective's unit; infinite where no row had one."""
 
     def state(self) -> dict[str, Any]:
         """As plain values and tensors, for a checkpoint."""
-        return {"assumption": ASSUMPTION} | {
-            name: {k: float(v) if isinstance(v, float) else v for k, v in part._asdict().items()}
-            for name, part in self._asdict().items()
-        }
+        parts = {name: dataclasses.asdict(part) for name, part in self._asdict().items() if isinstance(part, Conformal)}
+        return {"assumption": ASSUMPTION, "gap": self.gap, "likeness": self.likeness._asdict()} | parts
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Calibration:
         """From :meth:`state`."""
-        parts = {name: Conformal(**state[name]) for name in cls._fields if name != "likeness"}
-        return cls(**parts, likeness=Likeness(**state["likeness"]))
+        parts = {name: Conformal(**state[name]) for name in cls._fields if name not in ("likeness", "gap")}
+        return cls(**parts, likeness=Likeness(**state["likeness"]), gap=state["gap"])
+
+
+def proof_for(problem: AmortizedModule) -> Certificate | None:
+    """A certificate of the problem's own, which holds for every context: that of its structure, if it has one."""
+    return Duality() if hasattr(problem, "program") else None
 
 
 class _Gaps(NamedTuple):
@@ -99,6 +107,8 @@ def _calibrate(
     unit = 0.1 * float(found.squared[: max(few, 1)].double().nanmedian())
     found = _Gaps(*(column[few:] for column in found))
 
+    known = found.network[found.network.isfinite()]
+
     def stage(gap: Tensor, chosen: Tensor) -> Conformal:
         return calibrate(gap[chosen], None, alpha)
 
@@ -109,6 +119,7 @@ def _calibrate(
         solver=stage(found.solver, found.solver_converged),
         solver_unfinished=stage(found.solver, ~found.solver_converged),
         likeness=_likeness(module.observe(train), module.observe(_some(data, "val", 4 * contexts, module.device))),
+        gap=float(known.mean()) if len(known) else math.inf,
     )
 
 
@@ -133,6 +144,7 @@ def _gaps(module: AmortizedModule, a: Context, solver: Solver, number: int) -> _
     b = module(a)
     squared = squared_gradient(module, b, a)
     problem, a = at_least_float32(module, a)
+    a = problem.prepare(a)
     b = b.to(torch.promote_types(b.dtype, torch.float32))
     exact = in_float64(problem)
 

@@ -63,7 +63,7 @@ def measure_gap(
     Raises:
         ProblemError: if ``known`` is of another objective, or the objective is random.
     """
-    problem, a = at_least_float32(problem, a)
+    given, (problem, a) = a, at_least_float32(problem, a)
     with torch.no_grad():
         multipliers, a = problem.dual(a), problem.prepare(a)
     b = b.detach().to(torch.promote_types(b.dtype, torch.float32))
@@ -114,12 +114,12 @@ def measure_gap(
     if known is not None:
         if random:
             raise ProblemError("gap.best_known keeps the solutions of objectives that are not random; this one draws")
-        earlier, then = known.look_up(a, chosen.b)
+        earlier, then = known.look_up(given, chosen.b)
         on_earlier = candidate(earlier)
         _check_stored(then, on_earlier.value, known)
         use_earlier = _beats(on_earlier, chosen, tol)
         known.add(
-            a, chosen.b, chosen.value, (chosen.violation <= tol) & (then.isnan() | _beats(chosen, on_earlier, tol))
+            given, chosen.b, chosen.value, (chosen.violation <= tol) & (then.isnan() | _beats(chosen, on_earlier, tol))
         )
         chosen, stored = _chosen(use_earlier, on_earlier, chosen), use_earlier.double()
     best = chosen.b

@@ -4,8 +4,22 @@ The names are those of Amos, *Tutorial on amortized optimization* (2023), sectio
 ``__call__``; the module does not change.
 """
 
+from amortized.losses.fixed_point import FixedPointLoss
 from amortized.losses.hard_contexts import HardContexts
 from amortized.losses.objective import IterateLoss, LogObjectiveLoss, Loss, ObjectiveLoss
+from amortized.losses.penalty import PenaltyLoss
+from amortized.losses.primal_dual import KKTLoss, PrimalDualLoss
 from amortized.losses.regression import RegressionLoss
 
-__all__ = ["HardContexts", "IterateLoss", "LogObjectiveLoss", "Loss", "ObjectiveLoss", "RegressionLoss"]
+__all__ = [
+    "FixedPointLoss",
+    "HardContexts",
+    "IterateLoss",
+    "KKTLoss",
+    "LogObjectiveLoss",
+    "Loss",
+    "ObjectiveLoss",
+    "PenaltyLoss",
+    "PrimalDualLoss",
+    "RegressionLoss",
+]

@@ -13,6 +13,16 @@ from amortized.problems.control import (
     SpeedLimit,
     SwingUp,
     SystemStates,
+from amortized.problems.constrained import (
+    ConvexDC3,
+    DC3Contexts,
+    FactorMarkets,
+    NonconvexDC3,
+    OperatingPoint,
+    Portfolio,
+    PowerFlow,
+    PowerFlowContexts,
+    PowerFlowLoss,
 )
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
@@ -94,7 +104,11 @@ __all__ = [
     "LotkaVolterra",
     "NeuralPosterior",
     "NonconvexDC3",
+    "OperatingPoint",
     "Portfolio",
+    "PowerFlow",
+    "PowerFlowContexts",
+    "PowerFlowLoss",
     "Simulations",
     "Sinusoid",
     "SinusoidContexts",

@@ -37,16 +37,22 @@ CAPTIONS = {
 """The sections with pictures, in their order."""
 
 STYLE = """
-:root { color-scheme: light; --ink: #1b2330; --soft: #5d6879; --line: #e3e7ee; --accent: #1f4e8c; }
+:root { color-scheme: light dark; --ink: #1b2330; --soft: #5d6879; --line: #e3e7ee; --accent: #1f4e8c;
+  --page: #fff; --card: #f8fafc; --code: #f5f7fa; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ef; --soft: #a3adbb; --line: #333b47; --accent: #8fbcf5; --page: #14181f;
+    --card: #1c222b; --code: #1c222b; }
+  img { background: #fff; padding: 8px; border-radius: 8px; }
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink);
+body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
 main { max-width: 960px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere; }
 h2 { margin: 48px 0 4px; font-size: 1.25rem; padding-top: 20px; border-top: 1px solid var(--line); }
 p { margin: 0 0 14px; color: var(--soft); max-width: 72ch; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; margin: 24px 0 0; }
-.card { border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; background: #f8fafc; }
+.card { border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; background: var(--card); }
 .card b { display: block; font-size: 1.45rem; line-height: 1.3; color: var(--accent); font-variant-numeric: tabular-nums; }
 .card span { display: block; font-size: .85rem; color: var(--soft); }
 .card .what { color: var(--ink); font-weight: 600; }
@@ -57,7 +63,7 @@ th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: ri
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .indent { padding-left: 30px; color: var(--soft); }
-pre { background: #f5f7fa; border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; overflow-x: auto;
+pre { background: var(--code); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; overflow-x: auto;
   margin: 8px 0 18px; font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
 footer { margin-top: 40px; font-size: .85rem; color: var(--soft); }

@@ -11,12 +11,13 @@ from amortized.evaluation.results import Evaluation, Results
 def lines(found: Results, objective: str) -> list[tuple[str, str]]:
     """Results for a person to read: labels and values."""
     o, g, r, t = found.objective, found.gap, found.rows, found.time
+    unknown = "not finite" if found.constraints is None else "no row to compare"
     rows = [
-        (f"{objective}, network", _number(o.network)),
-        (f"{objective}, solver", _number(o.solver)),
+        (f"{objective}, network", _number(o.network, unknown)),
+        (f"{objective}, solver", _number(o.solver, unknown)),
         ("amortization gap, mean ± standard error", _mean(found)),
-        ("                  median", _number(g.median)),
-        ("                  95th percentile", _number(g.p95)),
+        ("                  median", _number(g.median, unknown)),
+        ("                  95th percentile", _number(g.p95, unknown)),
         *([("                  relative", _relative(g.relative))] if g.relative is not None else []),
         ("rows converged", f"{r.converged:.1%}"),
         ("rows diverged", f"{r.diverged:.1%}"),
@@ -146,6 +147,10 @@ def cards(found: Results, objective: str) -> list[tuple[str, str, str]]:
         off = "not finite" if c.violation_max is None else f"{c.violation_max:.2g}"
         told = f"of the predictions, within {c.tolerance:g}; largest violation {off}; solver {c.reference_feasible:.1%}"
         shown.insert(2, ("Rows feasible", f"{c.feasible:.1%}", told))
+    if m := found.measurements.get("certificate"):
+        bound = _number(m["median"])
+        told = f"of {m['contexts']} test contexts, of {1 - m['alpha']:.0%} promised; median bound {bound} ({m['kind']})"
+        shown.append(("Certificate holds", f"{m['coverage']:.1%}", told))
     if t.network is not None:
         reached = t.equal_quality_ratio
         shown += [
@@ -164,8 +169,8 @@ def cards(found: Results, objective: str) -> list[tuple[str, str, str]]:
     return shown
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
+def _number(value: float | None, unknown: str = "not finite") -> str:
+    return unknown if value is None else f"{value:.4g}"
 
 
 def _count(value: float | None) -> str:

@@ -16,7 +16,7 @@ from amortized.evaluation.calibration import Calibration
 from amortized.module import AmortizedModule
 from amortized.rebuild import rebuild
 from amortized.shipping.trained import TrainedSolver
-from amortized.solvers import LBFGS, Solver
+from amortized.solvers import Solver, solver_for
 
 REFERENCES = Path(__file__).parents[2] / "checkpoints"
 """The reference checkpoints of a clone."""
@@ -50,7 +50,7 @@ def load(source: str | Path, device: str = "cpu") -> TrainedSolver:
     held = loaded.get(checkpoint.CERTIFICATE)
     calibration = Calibration.of(held) if held else None
     precision = (recipe.get("trainer") or {}).get("precision")
-    solver = _solver(path, loaded)
+    solver = _solver(path, loaded, module)
     return TrainedSolver(module, data, solver, calibration, _name(path), precision).to(device)
 
 
@@ -76,15 +76,17 @@ def find(source: str | Path) -> Path:
     return path
 
 
-def _solver(path: Path, loaded: dict[str, Any]) -> Solver:
-    """The gap's solver: what the checkpoint holds; of an older one, what its run's folder says, or L-BFGS."""
+def _solver(path: Path, loaded: dict[str, Any], module: AmortizedModule) -> Solver:
+    """The gap's solver: what the checkpoint holds; of an older one, what its run's folder says, or that of the structure."""
     held = loaded.get(checkpoint.SOLVER)
     if checkpoint.SOLVER not in loaded:
         config = _config(path)
         held = (config.get("gap") or {}).get("solver")
         if not config:
-            rank_zero_warn(f"{path} does not hold the gap's solver (it is older): L-BFGS is taken")
-    return LBFGS() if held is None else rebuild(held, Solver, f"{path}, the gap's solver")  # type: ignore[type-abstract]
+            rank_zero_warn(
+                f"{path} does not hold the gap's solver (it is older): that of the problem's structure is taken"
+            )
+    return solver_for(module) if held is None else rebuild(held, Solver, f"{path}, the gap's solver")  # type: ignore[type-abstract]
 
 
 def _config(path: Path) -> dict[str, Any]:

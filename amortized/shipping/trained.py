@@ -30,7 +30,7 @@ from amortized.contract import (
     take,
     violation,
 )
-from amortized.evaluation.calibration import Calibration, calibrate_model
+from amortized.evaluation.calibration import Calibration, calibrate_model, proof_for
 from amortized.module import AmortizedModule
 from amortized.shipping.answer import WORDS, Answer, Path, Rows
 from amortized.solvers import Solution, Solver
@@ -62,6 +62,8 @@ class TrainedSolver:
         )
         self.module = module.eval() if self.dtype is None else module.eval().to(self.dtype)
         self.data, self.solver, self.name, self.precision = data, solver.eval(), name, precision
+        self.proof = proof_for(module)
+        """A certificate of the problem's own, where it has one: better than one that is calibrated."""
         self._calibration = calibration
         self._like: Context | None = None
 
@@ -121,7 +123,7 @@ class TrainedSolver:
 
     # ---- answers
 
-    def solve(self, a: Any, tol: float = 1e-3, batch_size: int | None = None) -> Answer:
+    def solve(self, a: Any, tol: float = 1e-3, batch_size: int = 4096) -> Answer:
         """Solutions that lack at most ``tol``, each with its certificate and where it comes from.
 
         Predict; certify; refine the rows that fail, from the prediction; solve those that still fail, from the cold start;
@@ -131,7 +133,7 @@ class TrainedSolver:
         Args:
             a: contexts as tensors or arrays (also in a dict, by fields); one of them, or B.
             tol: what a solution may lack, in the objective's unit.
-            batch_size: rows at work at a time; ``None``: those of an evaluation batch of the data.
+            batch_size: rows that a solver works on at a time; the network's batches are those of evaluation.
 
         Raises:
             ProblemError: if contexts are of other fields, shapes or types than those of training, or out of the support.
@@ -140,54 +142,77 @@ class TrainedSolver:
             raise ProblemError(f"tol must be positive, in the objective's unit; got {tol}")
         plain = _is_numpy(a)
         contexts = as_contexts(a, self.like)
-        B, size = num_rows(contexts), batch_size or self.data.eval_batch_size
         parts = [
-            self.rows(take(contexts, slice(at, at + size)), tol, number) for number, at in enumerate(range(0, B, size))
+            self.rows(take(contexts, slice(at, at + batch_size)), tol, number)
+            for number, at in enumerate(range(0, num_rows(contexts), batch_size))
         ]
         return self._answer(self._placed(contexts), concatenate(parts), plain)
 
-    def rows(self, a: Context, tol: float, number: int = 0) -> Rows:
-        """The stages of :meth:`solve` on one batch."""
+    def rows(self, a: Context, tol: float, number: int = 0, by_network: bool = False) -> Rows:
+        """The stages of :meth:`solve` on one batch; ``by_network`` leaves out those of the solver."""
         a = self._placed(a)
         with self._at_work(number):
             check_support(self.module, a)
-            return self._rows(a, tol, number)
+            return self._rows(a, tol, number, by_network)
 
-    def _rows(self, a: Context, tol: float, number: int) -> Rows:
+    def _rows(self, a: Context, tol: float, number: int, by_network: bool) -> Rows:
         calibration, module = self.calibration, self.module
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
         unlike = given & calibration.likeness.unlike(module.observe(a))
         like = given & ~unlike
         near, known = take(a, like), like.nonzero()[:, 0]
-        b = module(near) if len(known) else module.initial(near)
-        value = evaluate(module, b, near)
-        broken = violation(module, b, near)
-        bound = _limited(torch.where(value.isfinite(), calibration.network.bound(module, b, near), torch.inf), value)
+        b, value, broken, bound = self._predicted(near)
         out = _nothing(b, unlike)
         good = self._put(out, known, b, value, bound, broken, Path.NETWORK, bound <= tol, 2)
-
         failing = known[~good]
-        if len(failing):
-            found = self._solved(take(a, failing), out.b[failing], number)
-            bound = _either(found, calibration.refined, calibration.refined_unfinished)
-            good = self._put(out, failing, *_parts(found, bound), Path.REFINED, bound <= tol, found.evaluations)
-            failing = failing[~good]
+        if by_network:
+            return out
 
-        cold = torch.cat([failing, unlike.nonzero()[:, 0]]).sort().values
-        if len(cold):
-            near = take(a, cold)
+        # Those that failed from their prediction, those unlike from the cold start: one run of the solver.
+        far = unlike if self.proof is None else torch.zeros_like(unlike)  # a proof holds there too
+        at = torch.cat([failing, unlike.nonzero()[:, 0]])
+        if len(at):
+            near = take(a, at)
+            start = torch.cat([out.b[failing], module.initial(take(near, slice(len(failing), None))).to(out.b.dtype)])
+            found = self._solved(near, start, number)
+            bound = self._bound(found, near, calibration.refined, calibration.refined_unfinished)
+            good = torch.where(far[at], found.converged, bound <= tol)
+            bound = torch.where(far[at], torch.where(found.converged, torch.nan, torch.inf), bound)
+            path = torch.where(unlike[at], int(Path.SOLVER), int(Path.REFINED))
+            good = self._put(out, at, *_parts(found, bound), path, good, found.evaluations)
+            failing = failing[~good[: len(failing)]]
+
+        if len(failing):
+            near = take(a, failing)
             found = self._solved(near, module.initial(near), number)
-            bound = _either(found, calibration.solver, calibration.solver_unfinished)
-            far = unlike[cold]
-            good = torch.where(far, found.converged, bound <= tol)
-            bound = torch.where(far, torch.where(found.converged, torch.nan, torch.inf), bound)
-            self._put(out, cold, *_parts(found, bound), Path.SOLVER, good, found.evaluations)
+            bound = self._bound(found, near, calibration.solver, calibration.solver_unfinished)
+            self._put(out, failing, *_parts(found, bound), Path.SOLVER, bound <= tol, found.evaluations)
         return out
+
+    def _predicted(self, a: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Predictions, their objectives, violations and bounds; in batches like those of evaluation, which fit a cache."""
+        module, certificate = self.module, self.proof or self.calibration.network
+        parts = []
+        for at in range(0, max(num_rows(a), 1), self.data.eval_batch_size):
+            near = take(a, slice(at, at + self.data.eval_batch_size))
+            b = module(near) if num_rows(near) else module.initial(near)
+            value = evaluate(module, b, near)
+            bound = torch.where(value.isfinite(), certificate.bound(module, b, near).to(value.dtype), torch.inf)
+            parts.append((b, value, violation(module, b, near), _limited(bound, value)))
+        b, value, broken, bound = (torch.cat(column) for column in zip(*parts, strict=True))
+        return b, value, broken, bound
 
     def _solved(self, a: Context, b: Tensor, number: int) -> Solution:
         # Started anew: rows of one search, and of the next, have the same draws.
         with draws(stream_seed(0, "gap search", number), b.device):
-            return self.solver.solve(self.module, a, b)
+            return self.solver.solve(self.module, self.module.prepare(a), b)
+
+    def _bound(self, found: Solution, a: Context, finished: Conformal, unfinished: Conformal) -> Tensor:
+        """On what a solver found: by the problem's own certificate, or by whether it met its tolerance."""
+        if self.proof is not None:
+            return _limited(self.proof.bound(self.module, found.b, a), found.value)
+        quantile = found.value.new_tensor([unfinished.quantile, finished.quantile])
+        return _limited(quantile[found.converged.long()], found.value)
 
     def _put(
         self,
@@ -197,7 +222,7 @@ class TrainedSolver:
         value: Tensor,
         bound: Tensor,
         broken: Tensor,
-        path: Path,
+        path: Path | Tensor,
         good: Tensor,
         evaluations: Tensor | int,
     ) -> Tensor:
@@ -213,13 +238,17 @@ class TrainedSolver:
         for column, new in ((rows.objective, value), (rows.violation, broken)):
             column[at] = torch.where(taken, new.to(column.dtype), column[at])
         rows.certificate[at] = torch.where(taken | good, bound.to(rows.certificate.dtype), rows.certificate[at])
-        rows.path[at] = torch.where(good, int(path), int(Path.NONE)).to(torch.uint8)
+        rows.path[at] = torch.where(good, path, int(Path.NONE)).to(torch.uint8)
         rows.evaluations[at] += evaluations
         return good
 
-    def _answer(self, a: Context, rows: Rows, plain: bool) -> Answer:
+    def decoded(self, a: Context, rows: Rows) -> tuple[Any, Tensor]:
+        """Solutions in the problem's own terms, of those rows that are finite, and which these are ``(B,)``."""
         finite = rows_where(torch.isfinite, rows.b) & rows.objective.isfinite()
-        decoded = self.module.decode(take(rows.b, finite), take(a, finite))
+        return self.module.decode(take(rows.b, finite), take(self._placed(a), finite)), finite
+
+    def _answer(self, a: Context, rows: Rows, plain: bool) -> Answer:
+        decoded, finite = self.decoded(a, rows)
         path = WORDS[rows.path.cpu().numpy()]
         found = Answer(
             rows.b,
@@ -253,15 +282,11 @@ def _parts(found: Solution, bound: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return found.b, found.value, bound, found.violation
 
 
-def _either(found: Solution, finished: Conformal, unfinished: Conformal) -> Tensor:
-    """The bound on what a solver found, by whether it met its tolerance."""
-    quantile = found.value.new_tensor([unfinished.quantile, finished.quantile])
-    return _limited(quantile[found.converged.long()], found.value)
-
-
 def _limited(bound: Tensor, value: Tensor) -> Tensor:
     """No bound is below the rounding of the value that it is on."""
-    return torch.maximum(bound, 4 * torch.finfo(value.dtype).eps * value.abs()).nan_to_num(nan=torch.inf)
+    return torch.maximum(bound.to(value.dtype), 4 * torch.finfo(value.dtype).eps * value.abs()).nan_to_num(
+        nan=torch.inf
+    )
 
 
 def _is_numpy(a: Any) -> bool:

@@ -92,8 +92,8 @@ class Portfolio(AmortizedModule):
         order = next(reversed(solutions.values())).argsort(1, descending=True)[:, :20]
         for i, axes in zip(range(n), figure.subplots(-(-n // 4), min(n, 4), squeeze=False).flat, strict=False):
             for k, (name, b) in enumerate(solutions.items()):
-                weights = b[i, order[i]].cpu()
-                axes.bar(torch.arange(len(weights)) + 0.4 * k, weights, width=0.4, color=f"C{k}", label=name)
+                weights = b[i, order[i]].tolist()
+                axes.bar([j + 0.4 * k for j in range(len(weights))], weights, width=0.4, color=f"C{k}", label=name)
             axes.set(xticks=[], xlabel="assets", ylabel="weight" if i % 4 == 0 else None)
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         return figure

@@ -20,6 +20,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from amortized.contract import draws, evaluate, stream_seed
+from amortized.evaluation.float64 import at_least_float32
 from amortized.problems.meta.classification import FewShotClassification
 from amortized.problems.meta.few_shot import FewShot
 from amortized.solvers import LBFGS, Solver
@@ -141,6 +142,8 @@ def generalization(module: FewShot, a: Any, b: Tensor, solver: Solver, seed: int
         solver: runs from ``module.initial(a)``.
         seed: number of the draws of a random objective.
     """
+    module, a = at_least_float32(module, a)
+    b = b.detach().to(torch.promote_types(b.dtype, torch.float32))
     with torch.no_grad():
         a, seen = module.prepare(a), module.observe(a)
     with draws(stream_seed(0, "gap search", seed), b.device):

@@ -114,12 +114,9 @@ class Template(nn.Module):
             out: Tensor = functional_call(self.model, weights, (x,))
             return out
 
-        weights = self.weights(b)
         if not len(b):  # vmap needs a row
-            return one(
-                {name: w.new_zeros(w.shape[1:]) for name, w in weights.items()}, features.flatten(0, 1)
-            ).unflatten(0, features.shape[:2])
-        return torch.vmap(one, randomness="different")(weights, features)
+            return self.model(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        return torch.vmap(one, randomness="different")(self.weights(b), features)
 
     def forward(self, b: Tensor, x: Tensor) -> Tensor:
         return self.head(b, self.features(x))

@@ -76,7 +76,8 @@ class GradientDescent(GradientSolver):
         """The step size α_k ``(L, 1)`` or ``(L, n)`` of rows after that many steps; a plain number where it is not learned."""
         if self.log_lr is None:
             return self.lr
-        return self.log_lr[iterations.clamp(max=len(self.log_lr) - 1)].exp().view(len(iterations), -1)
+        picked = self.log_lr[iterations.clamp(max=len(self.log_lr) - 1)].exp()
+        return picked.unsqueeze(1) if picked.ndim == 1 else picked
 
     def init(self, b: Tensor, value: Tensor, grad: Tensor) -> GradientDescentState:
         """The first step, from rest."""

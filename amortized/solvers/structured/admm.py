@@ -252,7 +252,7 @@ class ADMM(RowSolver):
         if not len(place):
             return now
         q, lower, upper, ax, y = (leaf[place] for leaf in (a.q, a.lower, a.upper, now.ax, now.y))
-        s = take(a.schur, place) if problem.own else problem.schur
+        s: Any = take(a.schur, place) if problem.own else problem.schur
         up, low = sides(s, lower, upper, ax, y)
         found = exchange(s, q, lower, upper, up, low, steps=EXCHANGES)
         place = place[found.exact]

@@ -39,7 +39,8 @@ class Completion(Solver):
     all rows: each iteration then costs one evaluation of the equations, and rows on which it shrinks the error too little go on
     with their own. For linear equations that is one factor and one step.
 
-    Source: Donti, Rolnick & Kolter (2021), *DC3*, sections 3.2 and 3.3, with the least step by a program in place of their gradient steps.
+    Source: Donti, Rolnick & Kolter (2021), *DC3*, sections 3.2 and 3.3; the least step, by a program, in
+    place of their gradient steps.
 
     Args:
         steps: iterations at most.
@@ -239,7 +240,7 @@ def _least_step(slope: Tensor, d: Tensor) -> Tensor:
     h = torch.cat([-d, d.new_zeros(L, 1), d.new_full((L, 2 * k), REACH)], 1)
     none = d.new_zeros(L, 0, k + 1), d.new_zeros(L, 0)
     program = Standard(curvature, q, *none, torch.cat([rows, box], 1), h)
-    found = solve_standard(ProgramInteriorPoint(steps=30, tol=1e-8), program, torch.zeros_like(q), own=True)
+    found = solve_standard(ProgramInteriorPoint(steps=30, tol=1e-6), program, torch.zeros_like(q), own=True)
     return found.b[:, :k].nan_to_num(0.0)
 
 

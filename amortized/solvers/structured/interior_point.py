@@ -72,12 +72,14 @@ class InteriorPoint(RowSolver):
     the residual of the equations above. μ follows the mean of ``s ∘ z`` down.
 
     The problem has ``equality(b, a)``, ``inequality(b, a)`` or both (:class:`~amortized.contract.Constrained`), twice
-    differentiable; one with ``program`` is solved as such, by :class:`~.interior_point_program.ProgramInteriorPoint`. It is solved in float64 where it can be evaluated so.
+    differentiable; one with ``program`` is solved as such, by
+    :class:`~amortized.solvers.structured.interior_point_program.ProgramInteriorPoint`. It is solved in float64 where it can be
+    evaluated so.
 
-    ``residual`` is the largest entry of: the violation; ``∇L + Jᵀy + Dᵀz`` and ``s·z``, relative to the largest entry of ∇L at
-    the start and, where it is above 1, the mean multiplier. Of the iterates a feasible one is best, then one of small residual;
-    of infeasible ones that of the smallest violation. ``dual`` is y, then z, ``(B, p + m)``. Where the problem is not convex the point is a local minimum. A row without a feasible point ends as
-    ``LIMIT`` once no step is possible.
+    ``residual`` is the largest of the violation; the largest entry of ``∇L + Jᵀy + Dᵀz``, and ``s·z``, both relative to the
+    largest entry of ∇L at the start and, where it is above 1, the mean multiplier. Of the iterates a feasible one is best, then
+    one of small residual; of infeasible ones that of the smallest violation. ``dual`` is y, then z, ``(B, p + m)``. Where the
+    problem is not convex the point is a local minimum. A row without a feasible point ends as ``LIMIT`` once no step is possible.
 
     Source: Wächter & Biegler (2006), IPOPT, for the shifts and the units; Benson, Vanderbei & Shanno (2002) for the test of a
     step against the last point alone, and LOQO's μ; Wang, Murillo-Sánchez et al. (2007) for power flow without backtracking.
@@ -92,6 +94,7 @@ class InteriorPoint(RowSolver):
     """
 
     relative = False
+    needs = ("objective", "inequality")  # or equality, or program
 
     def __init__(self, steps: int = 60, tol: float | None = None, chunk: int | None = None) -> None:
         super().__init__(steps, tol, chunk)
@@ -205,7 +208,7 @@ class InteriorPoint(RowSolver):
         mu: Tensor,
         far: Tensor,
     ) -> tuple[Point, Values, Tensor]:
-        """Each row at the first of its trials, each half as long as the last, that lowers something; and whether there was one."""
+        """Each row at the first of its trials, halved in turn, that lowers something; and whether there was one."""
         at, here, unit = state.at, state.here, state.unit
         theta, phi = _infeasibility(here, at.s), _barrier_function(here, at.s, mu)
         _, error = self._residuals(problem, a, at, here, unit, mu)
@@ -213,7 +216,7 @@ class InteriorPoint(RowSolver):
         alpha, moved = far, torch.zeros_like(far, dtype=torch.bool)
         dual = _room(at.z, step.z).unsqueeze(1)
         best_at, best_here = at, here
-        for k in range(BACKTRACKS):
+        for _ in range(BACKTRACKS):
             wide = alpha.unsqueeze(1)
             x = at.x + wide * step.x
             there = problem.values(x, a, unit)
