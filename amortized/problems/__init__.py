@@ -2,17 +2,6 @@
 
 from amortized.contexts.images import Images
 from amortized.problems.classification import Classification, LabelledDigits
-from amortized.problems.constrained import ConvexDC3, DC3Contexts, FactorMarkets, NonconvexDC3, Portfolio
-from amortized.problems.control import (
-    CartPole,
-    ClosedLoop,
-    DoubleIntegrator,
-    IntegratorStates,
-    Pendulum,
-    Policy,
-    SpeedLimit,
-    SwingUp,
-    SystemStates,
 from amortized.problems.constrained import (
     ConvexDC3,
     DC3Contexts,
@@ -23,6 +12,17 @@ from amortized.problems.constrained import (
     PowerFlow,
     PowerFlowContexts,
     PowerFlowLoss,
+)
+from amortized.problems.control import (
+    CartPole,
+    ClosedLoop,
+    DoubleIntegrator,
+    IntegratorStates,
+    Pendulum,
+    Policy,
+    SpeedLimit,
+    SwingUp,
+    SystemStates,
 )
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
