@@ -120,10 +120,10 @@ def test_multipliers_that_a_problem_predicts_count() -> None:
     plain = Duality(steps=1)
 
     class Predicted(Programs):
-        def multipliers(self, b: Tensor, a: QuadraticProgram) -> Tensor:
+        def dual(self, a: QuadraticProgram) -> Tensor:
             from amortized.solvers import ADMM
 
-            return ADMM(tol=1e-9).solve(self, a, b).dual
+            return ADMM(tol=1e-9).solve(self, a, torch.zeros_like(a.q)).dual
 
     gap = Programs().objective(far, program) - value
     without, given = plain.bound(Programs(), far, program), plain.bound(Predicted(), far, program)

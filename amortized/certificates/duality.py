@@ -33,8 +33,8 @@ class Duality(Certificate):
     ``D(y) = −½ cᵀP⁻¹c − upperᵀy₊ + lowerᵀy₋`` with ``c = q + Aᵀy`` is below the minimum for every y that has no force on a
     bound that is not there. The y here are those of the active set of the prediction (constraints within ``near`` of their
     bounds, or past them), exchanged up to ``steps`` times for what violates the conditions of optimality. Where these hold
-    in the end the bound is the gap itself, and :meth:`dual` has the solution. A problem may offer multipliers of its own,
-    by a method ``multipliers(b, a) -> (B, m)`` (from a network that predicts them): the better bound counts.
+    in the end the bound is the gap itself, and :meth:`dual` has the solution. Where the problem predicts
+    multipliers, ``dual(a) -> (B, m)``, the better bound counts.
 
     Where P is singular, c has to lie in its range. Multipliers of constraints that have both bounds are shifted so that it
     does; where they cannot the bound is infinite.
@@ -75,7 +75,8 @@ class Duality(Certificate):
         self.require(problem)
         with torch.no_grad():
             p, x = _double(problem.program(a)), b.flatten(1).double()
-            given = [problem.multipliers(b, a).double()] if hasattr(problem, "multipliers") else []
+            predicted = problem.dual(a) if hasattr(problem, "dual") else None
+            given = [] if predicted is None else [predicted.double()]
             guess, last = self._tried(p, x)
             function = _Function(p)
             values = [function(y) for y in (guess.y, last.y, torch.zeros_like(last.y), *given)]
