@@ -27,12 +27,14 @@ from amortized.posteriors import DiagonalGaussian, Flow, FullGaussian
 from amortized.problems import (
     SLCP,
     VAE,
+    CartPole,
     Classification,
     CloudPotential,
     CloudTransport,
     ConditionalFlow,
     ConvexDC3,
     DC3Contexts,
+    DoubleIntegrator,
     FactorMarkets,
     FewShotClassification,
     FewShotRegression,
@@ -46,6 +48,7 @@ from amortized.problems import (
     HistogramTransport,
     ImagePairs,
     Images,
+    IntegratorStates,
     LabelledDigits,
     LinearGaussian,
     LinearGaussianContexts,
@@ -55,6 +58,8 @@ from amortized.problems import (
     NeuralProcess,
     NonconvexDC3,
     OperatingPoint,
+    Pendulum,
+    Policy,
     Portfolio,
     PowerFlow,
     PowerFlowContexts,
@@ -67,6 +72,8 @@ from amortized.problems import (
     SphereContexts,
     StylePairs,
     StyleTransfer,
+    SwingUp,
+    SystemStates,
     Template,
     TwoMoons,
 )
@@ -164,6 +171,18 @@ def normal(q):
     return finite(q.mean) and (q.stddev > 0).all()
 
 
+def swing_up(system):
+    return SwingUp(Policy(system, horizon=20, proposals=2, hidden=[16]), system, horizon=20)
+
+
+def of_system(system):
+    return lambda **settings: SystemStates(system(), **settings)
+
+
+def weak(forces):
+    return (forces.abs() <= 10).all()
+
+
 BOWLS, SUPPORT = ["centres", "offsets"], ["support_x", "support_y"]
 CASES = {
     "sphere": Case(lambda: Sphere(MLP(16, 3)), SphereContexts, on_sphere),
@@ -195,6 +214,9 @@ CASES = {
     "two moons": Case(lambda: flow_posterior(MLP(2, 4), TwoMoons()), simulations(TwoMoons), in_support),
     "SLCP": Case(lambda: flow_posterior(SetMoments(["x"], 2, 4), SLCP(), "affine"), simulations(SLCP), in_support),
     "lynxes": Case(lambda: flow_posterior(Recurrent(["x"], 2, 4), LotkaVolterra()), simulations(LotkaVolterra), in_support),
+    "double integrator": Case(lambda: DoubleIntegrator(MLP(2, 20), refine=Gauge()), IntegratorStates, finite),
+    "pendulum": Case(lambda: swing_up(Pendulum()), of_system(Pendulum), weak),
+    "cart-pole": Case(lambda: swing_up(CartPole()), of_system(CartPole), weak),
     "DC3": Case(lambda: ConvexDC3(ResidualMLP(50, 100, [16]), refine=Gauge()), DC3Contexts, finite),
     "DC3, not convex": Case(lambda: NonconvexDC3(ResidualMLP(50, 100, [16]), refine=Gauge()), DC3Contexts, finite),
     "portfolio": Case(lambda: Portfolio(messages(), refine=Simplex()), FactorMarkets, finite),

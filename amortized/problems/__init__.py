@@ -13,6 +13,17 @@ from amortized.problems.constrained import (
     PowerFlowContexts,
     PowerFlowLoss,
 )
+from amortized.problems.control import (
+    CartPole,
+    ClosedLoop,
+    DoubleIntegrator,
+    IntegratorStates,
+    Pendulum,
+    Policy,
+    SpeedLimit,
+    SwingUp,
+    SystemStates,
+)
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
 from amortized.problems.meta import (
@@ -51,6 +62,15 @@ from amortized.problems.transport import (
 )
 
 __all__ = [
+    "SystemStates",
+    "SwingUp",
+    "SpeedLimit",
+    "Policy",
+    "Pendulum",
+    "IntegratorStates",
+    "DoubleIntegrator",
+    "ClosedLoop",
+    "CartPole",
     "Template",
     "Prototypes",
     "Omniglot",
