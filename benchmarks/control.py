@@ -55,7 +55,7 @@ def clock(run: Callable[[], Any], turns: int) -> float:
 
 
 @torch.no_grad()
-def double_integrator(quick: bool) -> list[dict[str, Any]]:
+def double_integrator(quick: bool, pictures: Path | None) -> list[dict[str, Any]]:
     module = trained(DoubleIntegrator, "mpc_double_integrator")
     exact = copy.deepcopy(module).double()
     solver = ADMM(tol=1e-9)
@@ -76,6 +76,9 @@ def double_integrator(quick: bool) -> list[dict[str, Any]]:
             rows.append(row(f"{name}, twice the range: mean gap / optimum", loss, None, None, shown))
             rows.append(row(f"{name}, twice the range: largest violation", broken, None, None, kept))
             continue
+        if pictures is not None:
+            solutions = {"network": b[:4], "solver": found.b[can][:4].float()}
+            module.draw(x[:4], solutions).savefig(pictures / "control_integrator.png", dpi=110)
         rows.append(row(f"{name}: mean gap / mean optimum", loss, "<= 0.005", loss <= 0.005, shown))
         rows.append(row(f"{name}: largest violation", broken, "<= 1e-5", broken <= 1e-5, kept))
         rows += against_rivals(name, module, exact, x, quick)
@@ -123,7 +126,7 @@ def loops(
 
 
 @torch.no_grad()
-def swing_up(quick: bool) -> list[dict[str, Any]]:
+def swing_up(quick: bool, pictures: Path | None) -> list[dict[str, Any]]:
     module = trained(SwingUp, "pendulum_swingup")
     solver = MultiStart(LBFGS(20 if quick else 150, tol=1e-3), 16)
     name, rows = "swing-up", []
@@ -147,6 +150,9 @@ def swing_up(quick: bool) -> list[dict[str, Any]]:
         if scale > 1:
             rows.append(row(f"{name}, twice the speed: mean gap / best known", loss, None, None, shown))
             continue
+        if pictures is not None:
+            solutions = {"network": b[:4], "16 starts": cold.best.b[:4]}
+            module.draw(a[:4], solutions).savefig(pictures / "control_pendulum.png", dpi=110)
         rows.append(row(f"{name}: mean gap / best known", loss, "<= 0.05", loss <= 0.05, shown))
         mine = clock(lambda a=a: module(a), 3 if quick else 9)
         ratio, detail = spent / mine, f"{1e3 * mine:.1f} ms and {1e3 * spent:.0f} ms for {len(a)} states"
@@ -159,13 +165,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="an eighth of the states, fewer turns and steps")
     parser.add_argument("--only", choices=("double_integrator", "swing_up"), help="one of the two")
+    parser.add_argument("--pictures", type=Path, help="folder for a picture of each, as in docs/")
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for part in (double_integrator, swing_up):
         if options.only in (None, part.__name__):
-            rows += part(options.quick)
+            rows += part(options.quick, options.pictures)
             options.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 
 

@@ -79,7 +79,9 @@ def receding_horizon(problem: Any, planner: Planner, x: Tensor, steps: int) -> R
     """
     if steps < 1:
         raise ValueError(f"receding_horizon: steps must be positive; got {steps}")
-    states, controls, seconds = [x], [], []
+    states = [x]
+    controls: list[Tensor] = []
+    seconds: list[float] = []
     total, off = x.new_zeros(len(x)), x.new_zeros(len(x))
     for _ in range(steps):
         started = time.perf_counter()
@@ -88,7 +90,8 @@ def receding_horizon(problem: Any, planner: Planner, x: Tensor, steps: int) -> R
         seconds.append(time.perf_counter() - started)
         total, off = total + problem.cost(x, u), torch.maximum(off, violation(problem, b, x))
         x = problem.step(x, u)
-        states.append(x), controls.append(u)
+        states.append(x)
+        controls.append(u)
     return Run(total, off, torch.stack(states, 1), torch.stack(controls, 1), sorted(seconds)[len(seconds) // 2])
 
 

@@ -166,7 +166,8 @@ class SwingUp(AmortizedModule):
 
     def initial(self, a: Tensor) -> Tensor:
         """The system's rule, rolled out."""
-        x, plan = a, []
+        x = a
+        plan: list[Tensor] = []
         for _ in range(self.horizon):
             u = 0.9 * self.system.rule(x)  # what a finite b can say
             plan.append((u / self.system.limit).atanh())
@@ -229,7 +230,8 @@ class Policy(nn.Module):
     def _rolled(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The plan of each row ``(N, T)``, rows in turn of each proposal, and what it costs ``(N,)``."""
         which = torch.eye(self.proposals, dtype=x.dtype, device=x.device).repeat(len(x) // self.proposals, 1)
-        path, plan = [x], []
+        path = [x]
+        plan: list[Tensor] = []
         for t in range(self.horizon):
             time = x.new_full((len(x), 1), t / self.horizon)
             raw = self.mlp(torch.cat([self.system.features(path[-1]), time, which], 1))
