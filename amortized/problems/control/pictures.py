@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def draw_plans(portrait: Portrait, paths: dict[str, Tensor], controls: dict[str,
 
     shown = min(few, len(next(iter(paths.values()))))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+    left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.1)))
     phase = left.subplots()
     for (name, path), line in zip(paths.items(), LINES, strict=False):
         for i in range(shown):
@@ -48,8 +49,8 @@ def draw_plans(portrait: Portrait, paths: dict[str, Tensor], controls: dict[str,
             phase.plot(x, y, line, color=COLORS[i % len(COLORS)], linewidth=1.4, label=name if i == 0 else None)
             phase.plot(x[0], y[0], "o", color=COLORS[i % len(COLORS)], markersize=5)
     if portrait.box is not None:
-        x, y = portrait.box
-        phase.plot([-x, x, x, -x, -x], [-y, -y, y, y, -y], color="0.5", linewidth=1, label="limits")
+        w, h = portrait.box
+        phase.plot([-w, w, w, -w, -w], [-h, -h, h, h, -h], color="0.5", linewidth=1, label="limits")
     phase.set(xlabel=portrait.names[0], ylabel=portrait.names[1])
     phase.grid(color="#e5e7eb", linewidth=0.6)
     phase.legend(frameon=False, fontsize=8)
