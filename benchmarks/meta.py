@@ -183,14 +183,9 @@ def gaussian_processes(tasks: int) -> list[dict[str, Any]]:
 
 def characters(name: str, data: type[CharacterTasks], tasks: int, goal: float | None) -> list[dict[str, Any]]:
     """Accuracy of a reference checkpoint, trained on 5-way 1-shot tasks, on these and on larger ones."""
-    weights = checkpoint.load(FOLDER / f"{name}.ckpt")["state_dict"]
     rows = []
     for ways, shots in ((5, 1), (5, 5), (20, 1), (20, 5)):
-        refine = GradientDescent(2, lr=0.01, learn_lr=True) if "refine.log_lr" in weights else None
-        module = FewShotClassification(Prototypes(ways), Template(ConvBlocks(28, ways), "last"), refine=refine).eval()
-        module.load_state_dict(
-            weights | {k: v for k, v in module.state_dict().items() if k.startswith("template.model.")}
-        )
+        module = prototypes(name, ways)
         set_ = data(ways=ways, shots=shots, num_test=tasks if ways == 5 else tasks // 4, eval_batch_size=100)
         found: dict[str, list[Tensor]] = {}
         for number in range(set_.num_batches("test")):

@@ -146,8 +146,9 @@ def measure(case: str, rows: int, repeats: int) -> list[dict[str, Any]]:
             f"share within 1e-4 p.u.; largest violation {float(off.max()):.1e}; before corrections {alone:.3f}"),
         row("times", times, times_must, times_must and times >= times_must,
             f"Ipopt's loop {1e3 * float(seconds.mean()):.2f} ms a row, network {1e3 * taken:.4f} in one batch"),
-        row("solver_ms", 1e3 * spent, SOLVER_MS.get(case), case in SOLVER_MS and 1e3 * spent <= SOLVER_MS[case] or None,
-            f"InteriorPoint, ms a row, one batch; converged {float(found.converged.double().mean()):.3f}, cost within {apart:.1e} %"),
+        row("solver_ms", 1e3 * spent, SOLVER_MS.get(case), 1e3 * spent <= SOLVER_MS[case] if case in SOLVER_MS else None,
+            f"InteriorPoint, ms a row, one batch; converged {float(found.converged.double().mean()):.3f}, "
+            f"cost within {apart:.1e} %"),
     ]  # fmt: skip
 
 

@@ -279,7 +279,7 @@ def test_compile_without_a_compiler_is_told_and_left_out(monkeypatch):
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("amortized.callbacks.report.results", lambda *args: {}["ours"])
+    monkeypatch.setattr("amortized.callbacks.report.worst_rows", lambda *args: {}["ours"])
     monkeypatch.setattr("amortized.contract.faults.place", lambda error: None)  # the line above is of a test
     with pytest.raises(KeyError):
         main(["fit", *TOY])

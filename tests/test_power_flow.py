@@ -22,7 +22,7 @@ def test_the_optimum_of_the_case_is_the_published_one(case):
     module = problem(case)
     b, a = module.nominal()
     assert abs(float(module.objective(b, a)) - PUBLISHED[case]) < 0.01
-    assert float(violation(module, b, a)) < 1e-6
+    assert float(violation(module, b, a)) < 1e-5  # of numbers with eight digits
     assert len(module.dependent) == 2 * module.grid.buses
 
 

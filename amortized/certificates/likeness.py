@@ -63,6 +63,7 @@ def features(a: Context) -> Tensor:
 def fit_likeness(train: Context, held_out: Context, level: float = 0.01) -> Likeness:
     """The distance of training contexts, with the threshold that a fraction ``level`` of held-out ones exceeds."""
     x = features(train)
+    x = x[x.isfinite().all(1)]
     mean = x.mean(0)
     size = x.shape[1]
     count = max(1, min(size, len(x) - 1, NUMBERS // size))

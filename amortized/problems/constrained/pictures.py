@@ -27,7 +27,7 @@ def draw_constrained(problem: Any, a: Context, solutions: dict[str, Tensor]) -> 
     rows = []
     for (name, b), marker in zip(solutions.items(), "ox", strict=False):
         off = violation(problem, b, a).clamp(min=LEAST)
-        cost.plot(off.cpu(), problem.objective(b, a).cpu(), marker, fillstyle="none", label=name)
+        cost.plot(off.tolist(), problem.objective(b, a).tolist(), marker, fillstyle="none", label=name)
         rows.append(slack(problem, b, a))
     cost.axvline(feasibility_tol(problem), color="0.7", linewidth=1)
     cost.set(xscale="log", xlabel="violation", ylabel=problem.objective_name, xlim=(LEAST / 2, None))

@@ -180,6 +180,8 @@ class OperatingPoint(nn.Module):
         activation: see :class:`~amortized.networks.MLP`.
     """
 
+    seen: Tensor
+
     def __init__(self, case: str = "case14", hidden: Sequence[int] = (128, 128), activation: str = "silu") -> None:
         super().__init__()
         self.grid = grid = Grid(case)
@@ -187,8 +189,9 @@ class OperatingPoint(nn.Module):
         self.register_buffer("seen", seen, persistent=False)
         self.mlp = MLP(len(seen), 2 * grid.generators + 2 * grid.buses - 1, hidden, activation)
         with torch.no_grad():
-            self.mlp[-1].weight.mul_(0.1)
-            self.mlp[-1].bias.zero_()
+            weight, bias = list(self.mlp.parameters())[-2:]
+            weight.mul_(0.1)
+            bias.zero_()
 
     def forward(self, a: Loads) -> Tensor:
         grid = self.grid

@@ -40,6 +40,15 @@ class Grid(nn.Module):
 
     names: tuple[str, ...]
     """Of the buses, as engineers number them."""
+    at: Tensor
+    """The bus of each generator ``(G,)``."""
+    limited: Tensor
+    """Branches with a rating."""
+    limited_from: Tensor
+    limited_to: Tensor
+    load_p: Tensor
+    load_q: Tensor
+    optimum: Tensor
 
     def __init__(self, case: str) -> None:
         super().__init__()

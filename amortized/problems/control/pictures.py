@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,7 @@ def draw_plans(portrait: Portrait, paths: dict[str, Tensor], controls: dict[str,
 
     shown = min(few, len(next(iter(paths.values()))))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    sides: Any = figure.subfigures(1, 2, width_ratios=(1, 1.1))
-    left, right = sides
+    left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.1)))
     phase = left.subplots()
     for (name, path), line in zip(paths.items(), LINES, strict=False):
         for i in range(shown):

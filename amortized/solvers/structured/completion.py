@@ -201,8 +201,7 @@ class _Equations:
             at = x.detach().requires_grad_()
             c = self.equality(at, a)
         u = times(inverse.mT, v)
-        aim = 1e-5 if v.dtype == torch.float32 else 1e-11
-        aim = aim * v.abs().amax(1)
+        aim = (1e-5 if v.dtype == torch.float32 else 1e-11) * v.abs().amax(1)
         for _ in range(ADJOINT):
             (image,) = torch.autograd.grad(c, at, u, retain_graph=True)
             left = v - image[:, self.dependent]

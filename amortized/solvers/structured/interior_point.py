@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from amortized.contract import Context, feasibility_tol, map_leaves
+from amortized.contract import Context, Problem, feasibility_tol, map_leaves
 from amortized.solvers.base import Solution, Trace
 from amortized.solvers.engine.rows import Rows, RowSolver
 from amortized.solvers.smooth.newton import jacobian
@@ -119,7 +119,7 @@ class InteriorPoint(RowSolver):
                 trace(evaluations, every[:, :n].reshape(b.shape).to(b.dtype), value)
 
         start, watch = torch.cat([b.flatten(1).to(exact.dtype), exact.multipliers(b, dual)], 1), trace and primal
-        found = super()._solve(exact, a64, start, None, watch)
+        found = super()._solve(cast(Problem, exact), a64, start, None, watch)
         x = found.b[:, :n].reshape(b.shape).to(b.dtype)
         return found._replace(
             b=x, value=problem.objective(x, a), residual=found.residual.to(b.dtype), dual=found.b[:, n:].to(b.dtype)
