@@ -37,7 +37,15 @@ def test_the_python_of_a_page_runs(name, monkeypatch):
             continue
         if 'load("runs/ellipse")' in code:
             train_the_ellipse()
+        if 'load("sphere.pt2")' in code:
+            export_the_sphere()
         exec(code, told)
+
+
+def export_the_sphere():
+    from amortized.cli import main
+
+    main(["export", "-c", "sphere", f"--ckpt_path={ROOT / 'checkpoints' / 'sphere.ckpt'}", "--format=torch"])
 
 
 def train_the_ellipse():
