@@ -87,9 +87,9 @@ def minutes(path):
 
 
 def training(path):
-    """A minute or so is slow; the rest is for ``-m long``."""
+    """Half a minute is slow; the rest is for ``-m long``."""
     return pytest.param(
-        path, id=path.stem, marks=[pytest.mark.slow, *([pytest.mark.long] if minutes(path) > 1.5 else [])]
+        path, id=path.stem, marks=[pytest.mark.slow, *([pytest.mark.long] if minutes(path) > 0.5 else [])]
     )
 
 
