@@ -132,6 +132,8 @@ class GapMonitor(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.metrics = {name: AmortizationGap().to(pl_module.device) for name in evaluation_names(trainer)}
+        for metric in self.metrics.values():  # those that are given no rows must not warn of it
+            metric.update(GapRows(*torch.empty(len(GapRows._fields), 0, device=pl_module.device)))
         self.example, self.worst, self.evaluations, self._least = None, None, {}, 1
         self._measured = self._seen = 0
         self._limit, self._full, self._before = None, False, self.seconds

@@ -63,12 +63,12 @@ COMMANDS = {
     "validate": "measure a trained model on the validation contexts",
     "test": "measure a trained model on the test contexts, with a report",
     "predict": "write the solutions of given contexts to a file",
-    "export": "write prediction, objective and certificate as one graph for PyTorch or ONNX",
+    "export": "write prediction, objective and certificate as one graph",
     "serve": "solve contexts that come by HTTP",
-    "solve": "solve any number of contexts, each with a certificate, into a folder of shards",
+    "solve": "solve any number of contexts into a folder of shards, certified",
 }
 STARTING = {
-    "list": "the recipes that come with it: what each shows, how long it takes, its gap",
+    "list": "the recipes that come with it: what each shows, minutes, gap",
     "copy": "a recipe as a file of yours, to change",
     "new": "a problem of your own: its file, recipe and test, to change",
 }

@@ -45,6 +45,11 @@ def evaluation_names(trainer: Trainer) -> list[str]:
     return ["", *(named if len(named) == count - 1 else map(str, range(1, count)))]
 
 
+def in_precision(a: Context, dtype: torch.dtype) -> Context:
+    """The contexts of a run whose module is in another dtype."""
+    return map_leaves(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, a)
+
+
 def data_roots() -> list[Path]:
     """The directory that the environment variable AMORTIZED_DATA names, where data sets are looked for, if it is set."""
     given = os.environ.get("AMORTIZED_DATA")
@@ -358,9 +363,7 @@ class ContextDataModule(LightningDataModule):
         elif not complete:
             contexts = [self._completed(drawn, self.batch_size) for drawn in contexts]
         if dtype := _DTYPES.get(self.trainer.precision):
-            contexts = [
-                map_leaves(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, a) for a in contexts
-            ]
+            contexts = [in_precision(a, dtype) for a in contexts]
         if split == "train":
             world = self.trainer.world_size
             self.position = (number - self.trainer.global_rank + world) * self.batches_per_step

@@ -18,7 +18,7 @@ from torch import Tensor
 from amortized.certificates import Certificate, Duality
 from amortized.certificates.conformal import ASSUMPTION, Conformal, calibrate, squared_gradient
 from amortized.certificates.likeness import Likeness, features, fit_likeness
-from amortized.contexts.data_module import ContextDataModule
+from amortized.contexts.data_module import ContextDataModule, in_precision
 from amortized.contract import Context, concatenate, draws, evaluate, feasible_value, num_rows, stream_seed, take
 from amortized.evaluation.float64 import at_least_float32, in_float64
 from amortized.module import AmortizedModule
@@ -99,8 +99,8 @@ def calibrate_model(
 def _calibrate(
     module: AmortizedModule, data: ContextDataModule, solver: Solver, alpha: float, contexts: int
 ) -> Calibration:
-    train = _some(data, "train", 4 * contexts, module.device)
-    rows = [_gaps(module, a, solver, number) for number, a in enumerate(_batches(data, "val", contexts, module.device))]
+    train = _some(data, "train", 4 * contexts, module)
+    rows = [_gaps(module, a, solver, number) for number, a in enumerate(_batches(data, "val", contexts, module))]
     found = _Gaps(*map(torch.cat, zip(*rows, strict=True)))
     # The unit is fixed on contexts of its own: those that the bound is calibrated on must not have chosen it.
     few = len(found.network) // 8
@@ -118,7 +118,7 @@ def _calibrate(
         refined_unfinished=stage(found.refined, ~found.refined_converged),
         solver=stage(found.solver, found.solver_converged),
         solver_unfinished=stage(found.solver, ~found.solver_converged),
-        likeness=_likeness(module.observe(train), module.observe(_some(data, "val", 4 * contexts, module.device))),
+        likeness=_likeness(module.observe(train), module.observe(_some(data, "val", 4 * contexts, module))),
         gap=float(known.mean()) if len(known) else math.inf,
     )
 
@@ -171,17 +171,18 @@ def _gaps(module: AmortizedModule, a: Context, solver: Solver, number: int) -> _
     )
 
 
-def _batches(data: ContextDataModule, split: str, most: int, device: torch.device) -> list[Context]:
+def _batches(data: ContextDataModule, split: str, most: int, module: AmortizedModule) -> list[Context]:
     """The first contexts of a split, in its batches."""
     found: list[Context] = []
     number, stop = 0, data.num_batches(split) if split != "train" else 10**9
     while most > 0 and number < stop:
-        a = take(data.batch(split, number, device), slice(0, most))
+        a = take(data.batch(split, number, module.device), slice(0, most))
+        a = a if module.dtype == torch.float32 else in_precision(a, module.dtype)  # type: ignore[arg-type]
         found.append(a)
         most -= num_rows(a)
         number += 1
     return found
 
 
-def _some(data: ContextDataModule, split: str, most: int, device: torch.device) -> Context:
-    return concatenate(_batches(data, split, most, device))
+def _some(data: ContextDataModule, split: str, most: int, module: AmortizedModule) -> Context:
+    return concatenate(_batches(data, split, most, module))
