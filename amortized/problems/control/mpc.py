@@ -142,7 +142,7 @@ class DoubleIntegrator(AmortizedModule):
 
 
 class SpeedLimit(Correction):
-    """``u_t ← `` the nearest push within its limit that keeps the velocity within its own, one step after another.
+    """``u_t`` becomes the nearest push within its limit that keeps the velocity within its own, one step after another.
 
     Of a :class:`DoubleIntegrator` it meets two of the three limits exactly and moves no push that meets them. A
     :class:`~amortized.solvers.Gauge` after it, in a :class:`~amortized.solvers.Sequence`, then only has to keep the mass off the
