@@ -13,7 +13,7 @@ from amortized.cli.recipes import recipes
 from amortized.contexts import images
 
 EXPECTED = re.compile(r"expected gap: ([\d.e-]+) ± ([\d.e-]+)")
-SECTIONS = {"seed_everything", "threads", "trainer", "model", "data", "gap", "budget", "checkpoint"}
+SECTIONS = {"seed_everything", "threads", "trainer", "model", "data", "gap", "budget", "certificate", "checkpoint"}
 
 
 def header(path):
