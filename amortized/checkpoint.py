@@ -34,7 +34,7 @@ SOLVER = "amortized_solver"
 """Key under which it holds the settings of the gap's solver."""
 
 CERTIFICATE = "amortized_certificate"
-"""Key under which it holds what its predictions were calibrated to: see :mod:`amortized.certificates.calibration`."""
+"""Key under which it holds what its predictions were calibrated to: see :mod:`amortized.evaluation.calibration`."""
 
 
 class CheckpointError(ValueError):

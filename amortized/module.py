@@ -347,9 +347,8 @@ class AmortizedModule(LeanModule, abc.ABC):
     def on_validation_epoch_start(self) -> None:
         names = evaluation_names(self.trainer)
         self._objective_means = [MeanMetric(nan_strategy="disable").to(self.device) for _ in names]
-        self._bad_rows = MeanMetric().to(
-            self.device
-        )  # anew: a test's are inference tensors, which a fit cannot go on with
+        # Anew: a test's are inference tensors, which a fit cannot go on with.
+        self._bad_rows = MeanMetric().to(self.device)
 
     on_test_epoch_start = on_validation_epoch_start
 

@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from amortized.callbacks.gap import GapMonitor
+from amortized.callbacks.gap import GapMonitor, numbered
 from amortized.certificates import Certificate
 from amortized.certificates.conformal import ASSUMPTION, coverage
 from amortized.contexts.data_module import ContextDataModule
@@ -67,11 +67,10 @@ class CertificateMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self.calibration is not None and dataloader_idx == 0:
-            number = batch_idx * trainer.world_size + trainer.global_rank
-            index = number * 2**20 + torch.arange(len(outputs))  # as the gap's monitor numbers them
+            _, index = numbered(trainer, batch_idx, outputs)
             self._certificate = proof_for(pl_module) or self.calibration.network  # type: ignore[arg-type]
             bound = self._certificate.bound(pl_module, outputs, batch)
-            self._bounds.append((index, bound.double().cpu()))
+            self._bounds.append((index.cpu(), bound.double().cpu()))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gap = next((c for c in trainer.callbacks if isinstance(c, GapMonitor)), None)  # type: ignore[attr-defined]

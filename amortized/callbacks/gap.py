@@ -29,6 +29,12 @@ LEAST = 30
 """Rows, at least, of a gap that is reported during training."""
 
 
+def numbered(trainer: Trainer, batch_idx: int, outputs: Tensor) -> tuple[int, Tensor]:
+    """The number of a process's batch among those of all processes, and numbers of its rows that order the whole set ``(B,)``."""
+    number = batch_idx * trainer.world_size + trainer.global_rank
+    return number, number * 2**20 + torch.arange(len(outputs), device=outputs.device)
+
+
 class GapMonitor(Callback):
     """Logs the statistics of :class:`~amortized.evaluation.metric.AmortizationGap` as ``val/gap/*`` and ``test/gap/*``.
 
@@ -156,8 +162,7 @@ class GapMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         metric = list(self.metrics.values())[dataloader_idx]
-        number = batch_idx * trainer.world_size + trainer.global_rank
-        index = number * 2**20 + torch.arange(len(outputs), device=outputs.device)
+        number, index = numbered(trainer, batch_idx, outputs)
         at = 0
         self._seen += len(outputs)
         while not self._full and at < len(outputs) and (n := self._affordable(trainer, len(outputs) - at)):

@@ -34,7 +34,8 @@ from amortized.contract import (
 )
 from amortized.contract.faults import describe
 
-_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""Of a run whose module is not in float32, by the Trainer's ``precision``."""
 
 
 def evaluation_names(trainer: Trainer) -> list[str]:
@@ -362,7 +363,7 @@ class ContextDataModule(LightningDataModule):
             contexts = self._each(split, number, self.batch, device)
         elif not complete:
             contexts = [self._completed(drawn, self.batch_size) for drawn in contexts]
-        if dtype := _DTYPES.get(self.trainer.precision):
+        if dtype := DTYPES.get(self.trainer.precision):
             contexts = [in_precision(a, dtype) for a in contexts]
         if split == "train":
             world = self.trainer.world_size

@@ -7,7 +7,6 @@ tolerance and one for others, so that each bound is for contexts that take that 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -21,9 +20,9 @@ from amortized.certificates.likeness import Likeness, features, fit_likeness
 from amortized.contexts.data_module import ContextDataModule, in_precision
 from amortized.contract import Context, concatenate, draws, evaluate, feasible_value, num_rows, stream_seed, take
 from amortized.evaluation.float64 import at_least_float32, in_float64
+from amortized.evaluation.gap import longer
 from amortized.module import AmortizedModule
 from amortized.solvers import Solution, Solver
-from amortized.solvers.base import tolerance
 
 ALPHA, CONTEXTS = 0.1, 512
 """Rows on which a bound may fail; validation contexts that are solved for it, at most."""
@@ -130,15 +129,6 @@ def _likeness(train: Context, held_out: Context) -> Likeness:
     return fit_likeness(take(held_out, slice(0, half)), take(held_out, slice(half, None)))
 
 
-def _stricter(solver: Solver, dtype: torch.dtype) -> Solver:
-    """A copy of a solver with a hundredth of the tolerance, those inside it too."""
-    strict = copy.deepcopy(solver)
-    for part in strict.modules():
-        if isinstance(part, Solver) and "tol" in vars(part):
-            part.tol = tolerance(part.tol, dtype) / 100
-    return strict
-
-
 def _gaps(module: AmortizedModule, a: Context, solver: Solver, number: int) -> _Gaps:
     """What each stage lacks on a batch."""
     b = module(a)
@@ -163,7 +153,7 @@ def _gaps(module: AmortizedModule, a: Context, solver: Solver, number: int) -> _
     warm, cold = solved(solver, b), solved(solver, problem.initial(a).to(b.dtype))
     warmer = value(warm.b) <= value(cold.b)
     both = torch.where(warmer.view(-1, *[1] * (b.ndim - 1)), warm.b, cold.b)
-    last = solved(_stricter(solver, b.dtype), both).b
+    last = solved(longer(solver, b.dtype, times=1), both).b
     values = torch.stack([value(of) for of in (b, warm.b, both, last)])
     network, refined, solver_, _ = values - values.min(0).values
     return _Gaps(

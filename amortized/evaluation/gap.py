@@ -192,12 +192,12 @@ def _declared(problem: AmortizedModule, name: str, a: Context, random: bool) -> 
     return declared
 
 
-def longer(solver: Solver, dtype: torch.dtype) -> Solver:
-    """A copy of a solver with ten times the steps and a hundredth of the tolerance, those inside it too."""
+def longer(solver: Solver, dtype: torch.dtype, times: int = 10) -> Solver:
+    """A copy of a solver with so many times the steps and a hundredth of the tolerance, those inside it too."""
     strong = copy.deepcopy(solver)
     for part in strong.modules():
         if isinstance(part, Solver) and "steps" in vars(part):  # those of MultiStart are its solver's
-            part.steps, part.tol = 10 * part.steps, tolerance(part.tol, dtype) / 100
+            part.steps, part.tol = times * part.steps, tolerance(part.tol, dtype) / 100
     return strong
 
 

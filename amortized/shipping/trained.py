@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from amortized.certificates.conformal import Conformal
-from amortized.contexts.data_module import ContextDataModule
+from amortized.contexts.data_module import DTYPES, ContextDataModule, in_precision
 from amortized.contexts.files import as_contexts
 from amortized.contract import (
     Context,
@@ -57,9 +57,7 @@ class TrainedSolver:
         name: str = "",
         precision: str | None = None,
     ) -> None:
-        self.dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}.get(
-            precision or ""
-        )
+        self.dtype = DTYPES.get(precision or "")
         self.module = module.eval() if self.dtype is None else module.eval().to(self.dtype)
         self.data, self.solver, self.name, self.precision = data, solver.eval(), name, precision
         self.proof = proof_for(module)
@@ -115,11 +113,8 @@ class TrainedSolver:
             yield
 
     def _placed(self, a: Context) -> Context:
-        def place(leaf: Tensor) -> Tensor:
-            leaf = leaf.to(self.module.device)
-            return leaf.to(self.dtype) if self.dtype is not None and leaf.is_floating_point() else leaf
-
-        return map_leaves(place, a)
+        a = map_leaves(lambda leaf: leaf.to(self.module.device), a)
+        return a if self.dtype is None else in_precision(a, self.dtype)
 
     # ---- answers
 
