@@ -232,6 +232,9 @@ def _half(rank: int, module: AmortizedModule, a: Any, folder: str) -> None:
     step(take(a, slice(rank * n, (rank + 1) * n))).backward()
     if rank == 0:
         torch.save([p.grad for p in module.parameters() if p.requires_grad], f"{folder}/gradient.pt")
+    # The last holder of a process group ends its thread, and only destroy_process_group lets go of the interpreter's lock
+    # for that: the other order can wait for ever.
+    del step
     torch.distributed.destroy_process_group()
 
 
