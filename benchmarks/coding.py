@@ -2,12 +2,13 @@
 
 ``python -m benchmarks.coding [--quick] [--only PART ...] [--json FILE]``
 
-* ``codes``: the networks of ``checkpoints/`` on held-out signals, in float64 but for the clock. *Tuned FISTA* has the best of five
-  constant step sizes (or an estimate), chosen on these very signals for each figure, and restarts; its steps are counted to the
-  network's mean objective, and, row by row, to 1e-6 above the optimum (relative), from zero and from the prediction. The optimum is
-  FISTA's to 1e-10. A signal that is zero has the optimum 0 and is left out (said, how many).
+* ``codes``: the networks of ``checkpoints/`` on held-out signals, in float64 but for the clock. *Tuned FISTA* has restarts and the
+  best of five step sizes and an estimate, chosen on these very signals for each figure; its steps are counted to the network's mean
+  objective, and, row by row, to 1e-6 above the optimum (relative), from zero and from the prediction. The optimum is FISTA's to
+  1e-10. A signal that is zero has the optimum 0 and is left out (said, how many).
 * ``refinements``: what 16 steps of each kind are worth after the same number of updates from the same network, trained here.
-* ``equilibrium``: the deep equilibrium classifier of ``checkpoints/deq_digits.ckpt``, and a learned start for its solver, trained here.
+* ``equilibrium``: the deep equilibrium classifier of ``checkpoints/deq_digits.ckpt``, and a learned start for its solver, which
+  is trained here.
 """
 
 from __future__ import annotations

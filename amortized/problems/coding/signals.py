@@ -11,6 +11,9 @@ from torch import Tensor
 from amortized.contexts.data_module import ContextDataModule
 from amortized.problems.coding.dictionaries import GaussianDictionary
 
+LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
+"""Of red, green and blue."""
+
 
 class SparseSignals(ContextDataModule):
     """``a = D x``: each entry of x is standard normal with probability ``density``, else zero; ``(B, m)``.
@@ -69,7 +72,7 @@ class Patches(ContextDataModule):
         draw = np.random.default_rng(number)
         found = []
         for photograph in load_sample_images().images:
-            grey = photograph.astype(np.float32) @ np.float32([0.299, 0.587, 0.114]) / 255
+            grey = photograph.astype(np.float32) @ LUMINANCE / 255
             edges = [int(share * grey.shape[1]) for share in (0, 0.7, 0.85, 1)]
             part = grey[:, edges[number] : edges[number + 1]]
             every = np.lib.stride_tricks.sliding_window_view(part, (self.side, self.side)).reshape(-1, self.side**2)
