@@ -4,15 +4,15 @@ For an input x the state ``z ∈ ℝⁿ`` is the fixed point of
 
     ``T(z; x) = tanh(A z + U x + c)``,
 
-and the output is ``W z + d``. The rows of A are kept to ``Σ_j |A_ij| ≤ κ < 1``, so T is a contraction in the maximum norm:
-there is one fixed point, and every start leads to it. :class:`~amortized.solvers.Anderson` finds it; the gradient is that of the
+and the output is ``W z + d``. A is kept to ``‖A‖₂ ≤ κ < 1``, so T is a contraction: there is one fixed point, and every start
+leads to it. :class:`~amortized.solvers.Anderson` finds it; the gradient is that of the
 fixed point by the implicit function theorem (:class:`~amortized.solvers.Implicit`), at the memory of one application of T.
 
 So :class:`Equilibrium` is a network for any problem, :class:`~amortized.problems.Classification` in the recipe; and finding its
 state is a problem in its turn, :class:`EquilibriumState`, whose solution a second network can predict: a learned start.
 
-Sources: Bai, Kolter & Koltun (2019), *Deep equilibrium models*; El Ghaoui et al. (2021), *Implicit deep learning*, for the
-bound on A; Bai, Koltun & Kolter (2022), *Neural deep equilibrium solvers*, for the learned start.
+Sources: Bai, Kolter & Koltun (2019), *Deep equilibrium models*; Bai, Koltun & Kolter (2022), *Neural deep equilibrium solvers*,
+for the learned start.
 """
 
 from __future__ import annotations
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+class _Layer:
+    """T, for a matrix and inputs that were worked out once: the context is ``U x + c``, ``(B, n)``."""
+
+    def __init__(self, A: Tensor) -> None:
+        self.A = A
+
+    def update(self, b: Tensor, a: Tensor) -> Tensor:
+        return (b @ self.A.T + a).tanh()
+
+
 class Equilibrium(nn.Module):
     """``W z* + d`` with ``z* = T(z*; x)``: ``(B, in_features) -> (B, out_features)``.
 
@@ -36,7 +46,7 @@ class Equilibrium(nn.Module):
         in_features: numbers in an input.
         out_features: numbers in an output.
         features: n, numbers in the state.
-        contraction: κ, the most that a row of A may sum to in absolute values.
+        contraction: κ, the most that the spectral norm of A may be.
         solver: finds the fixed point, from zero; ``None``: :class:`~amortized.solvers.Anderson`, to 1e-4 in float32.
 
     Raises:
@@ -58,17 +68,17 @@ class Equilibrium(nn.Module):
             )
         self.contraction = contraction
         self.inward, self.outward = nn.Linear(in_features, features), nn.Linear(features, out_features)
-        self.recurrent = nn.Parameter(torch.randn(features, features) / features)
+        self.recurrent = nn.Parameter(torch.randn(features, features) / features**0.5)
         self.solver = Implicit(Anderson(steps=100) if solver is None else solver)
 
     def matrix(self) -> Tensor:
-        """A, ``(n, n)``: rows that sum to more than κ are scaled down to it."""
+        """A, ``(n, n)``: what is learned, scaled down to κ where its norm is above."""
         M = self.recurrent
-        return M * (self.contraction / M.abs().sum(1, keepdim=True)).clamp(max=1)
+        return M * (self.contraction / torch.linalg.matrix_norm(M, 2)).clamp(max=1)
 
     def update(self, b: Tensor, a: Tensor) -> Tensor:
         """``T(z; x)``, for states ``b`` ``(B, n)`` and inputs ``a`` ``(B, in_features)``."""
-        return (b @ self.matrix().T + self.inward(a)).tanh()
+        return _Layer(self.matrix()).update(b, self.inward(a))
 
     def initial(self, a: Tensor) -> Tensor:
         """The state that a search starts from, ``(B, n)``: zero."""
@@ -76,12 +86,13 @@ class Equilibrium(nn.Module):
 
     def solve(self, a: Tensor, start: Tensor | None = None) -> Solution:
         """The states of inputs, without a graph, and what it took to find them."""
-        problem: Any = self  # a map alone: no objective
-        return self.solver.solve(problem, a, self.initial(a) if start is None else start)
+        with torch.no_grad():
+            problem: Any = _Layer(self.matrix())
+            return self.solver.solve(problem, self.inward(a), self.initial(a) if start is None else start)
 
     def forward(self, a: Tensor) -> Tensor:
-        problem: Any = self
-        (state,) = self.solver.iterates(problem, a, self.initial(a))
+        problem: Any = _Layer(self.matrix())
+        (state,) = self.solver.iterates(problem, self.inward(a), self.initial(a))
         output: Tensor = self.outward(state)
         return output
 
