@@ -99,10 +99,11 @@ class LISTA(UnrolledISTA):
 
 
 class ALISTA(UnrolledISTA):
-    r"""``W_k = exp(g_k) W``: two numbers a step are learned, and W is worked out from the dictionary beforehand.
+    r"""``W_k = exp(g_k) W m / n``: few numbers a step are learned, and W is worked out from the dictionary beforehand.
 
     W is least coherent with D: column by column ``argmin ‖Dᵀ w_j‖²`` subject to ``d_jᵀ w_j = 1``, in closed form
-    ``w_j = S⁻¹ d_j / (d_jᵀ S⁻¹ d_j)`` with ``S = D Dᵀ``.
+    ``w_j = S⁻¹ d_j / (d_jᵀ S⁻¹ d_j)`` with ``S = D Dᵀ``. The denominators have the mean m / n, so that ``g_k = 0``, where training
+    starts, is a step of about unit length.
 
     Source: Liu, Chen, Wang & Yin (2019), *ALISTA: analytic weights are as good as learned weights in LISTA*, (16).
 
@@ -117,7 +118,7 @@ class ALISTA(UnrolledISTA):
 
     def weights(self, D: Tensor, curvature: Tensor) -> Iterator[Tensor]:
         """As :meth:`UnrolledISTA.weights`."""
-        W = analytic_weights(D)
+        W = analytic_weights(D) * len(D) / D.shape[1]
         yield from (step * W for step in self.log_step.exp())
 
 
