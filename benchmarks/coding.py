@@ -1,6 +1,6 @@
 """Sparse codes and fixed points: predictions beside FISTA and Anderson acceleration, one run, one core.
 
-``python -m benchmarks.coding [--quick] [--only PART ...] [--json FILE]``
+``python -m benchmarks.coding [--quick] [--only PART ...] [--json FILE]``; ``--pictures docs``
 
 * ``codes``: the networks of ``checkpoints/`` on held-out signals, in float64 but for the clock. *Tuned FISTA* has restarts and
   the best of five step sizes and an estimate, chosen on these very signals for each figure; its steps are counted to the
@@ -177,7 +177,7 @@ def all_codes(quick: bool) -> list[Row]:
 
 
 def refinements(quick: bool) -> list[Row]:
-    updates = 30 if quick else 2000
+    updates = 30 if quick else 1000
     dictionary = GaussianDictionary(25, 50)
     data = SparseSignals(dictionary, num_test=512)
     lr = float(1 / dictionary.curvature())
@@ -205,6 +205,15 @@ def refinements(quick: bool) -> list[Row]:
 
 
 # ---- fixed points
+
+
+def picture(folder: Path) -> None:
+    """The patches of ``docs/sparse_codes.md``."""
+    module = SparseCoding.load_from_checkpoint(CHECKPOINTS / "lista_patches.ckpt").eval()
+    a = Patches(num_test=6).contexts("test")
+    with torch.no_grad():
+        solutions = {"network": module(a), "solver": FISTA(5000, tol=1e-5).solve(module, a, module.initial(a)).b}
+        module.draw(a, solutions).savefig(folder / "sparse_codes.png", dpi=80)
 
 
 def equilibrium(quick: bool) -> list[Row]:
@@ -250,8 +259,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer signals and updates: to see that it runs")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--pictures", type=Path, help="only draw the picture of the page, into this folder")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.pictures:
+        return picture(options.pictures)
     rows: list[Row] = []
     for part in options.only:
         rows += PARTS[part](options.quick)

@@ -102,8 +102,8 @@ class ALISTA(UnrolledISTA):
     r"""``W_k = exp(g_k) W m / n``: few numbers a step are learned, and W is worked out from the dictionary beforehand.
 
     W is least coherent with D: column by column ``argmin ‖Dᵀ w_j‖²`` subject to ``d_jᵀ w_j = 1``, in closed form
-    ``w_j = S⁻¹ d_j / (d_jᵀ S⁻¹ d_j)`` with ``S = D Dᵀ``. The denominators have the mean m / n, so that ``g_k = 0``, where training
-    starts, is a step of about unit length.
+    ``w_j = S⁻¹ d_j / (d_jᵀ S⁻¹ d_j)`` with ``S = D Dᵀ``. The denominators have the mean m / n, so that training starts, with
+    ``g_k = 0``, at steps of about unit length.
 
     Source: Liu, Chen, Wang & Yin (2019), *ALISTA: analytic weights are as good as learned weights in LISTA*, (16).
 
