@@ -167,7 +167,7 @@ def test_better_ranks_feasible_first_then_lower_then_closer_and_nan_last():
     [
         (Sphere(), AugmentedLagrangian()),
         (Disc(), AugmentedLagrangian()),
-        (Box(), ADMM()),
+        (Box(), ADMM(polish=False)),
         (Projected(), ProjectedGradient()),
     ],
     ids=lambda x: type(x).__name__,
@@ -214,7 +214,11 @@ def test_the_start_that_ignores_constraints_does_not_win():
 
 def test_a_trace_has_points_whose_feasibility_can_be_told():
     a = torch.tensor([[2.0, 0.5], [-1.0, 3.0]], dtype=D)
-    for problem, solver in ((Sphere(), AugmentedLagrangian()), (Box(), ADMM()), (Box(), MultiStart(ADMM(), 3))):
+    for problem, solver in (
+        (Sphere(), AugmentedLagrangian()),
+        (Box(), ADMM()),
+        (Box(), MultiStart(ADMM(polish=False), 3)),
+    ):
         seen = []
         found = solver.solve(problem, a, torch.full_like(a, 4.0), trace=lambda *x, seen=seen: seen.append(x))
         (_, first, at_first), (_, last, value) = seen[0], seen[-1]
@@ -370,7 +374,7 @@ def test_a_model_that_predicts_multipliers_starts_the_warm_run_with_them():
     for name, dual in (("without", None), ("with", exact.dual)):
         model = Constant(Box(), [0.0, 0.0], dual=dual)
         model.forward = lambda a: exact.b.to(a)
-        budget = measure_budget(model, a, default_rivals(model, ADMM()), repeats=1)
+        budget = measure_budget(model, a, default_rivals(model, ADMM(polish=False)), repeats=1)
         assert [curve.name for curve in budget.cold] == ["ADMM"], "Adam ignores constraints, so it is no rival"
         evaluations[name] = int(budget.warm[0].evaluations[-1])
     assert evaluations["with"] < evaluations["without"]
