@@ -78,10 +78,11 @@ def schur(p: Tensor, a: Tensor, out: Tensor | None = None) -> Schur:
         x[:, out] = torch.linalg.solve_ex(inner, (w * level).mT)[0].mT * level
         k = k - x[:, out] @ w.mT
         k = (k + k.mT) / 2
-    scale = ((a @ k) * a).sum(-1)
+    ak = a @ k
+    scale = (ak * a).sum(-1)
     scale = torch.where(scale > 1e-12 * scale.amax(-1, keepdim=True), scale.rsqrt(), 1).masked_fill(out, 1)
-    kept = (scale * ~out).unsqueeze(-1) * a
-    return Schur(p, a, scale, k, kept @ k @ kept.mT, out, x)
+    kept = (scale * ~out).unsqueeze(-1)
+    return Schur(p, a, scale, k, (kept * ak) @ (kept * a).mT, out, x)
 
 
 def on_set(s: Schur, q: Tensor, bound: Tensor, active: Tensor, refine: int = 1) -> tuple[Tensor, Tensor]:
