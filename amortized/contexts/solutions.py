@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from amortized.contexts.files import fields
-from amortized.contract import Context, ProblemError, Solved, concatenate, leaves, map_leaves, num_rows, take
+from amortized.contract import Context, ProblemError, Solved, leaves, map_leaves, num_rows, take
 
 if TYPE_CHECKING:
     from amortized.contexts.data_module import ContextDataModule
@@ -92,7 +92,7 @@ class SolutionSet:
         else:
             return
         here = take(here, slice(0, n))
-        there = rows.contexts(0, np.arange(num_rows(here)))
+        there = rows.first(num_rows(here))
         pairs = zip(leaves(here), leaves(there), strict=True)
         if not all(bool(torch.isclose(x.cpu(), y, rtol=0, atol=0, equal_nan=True).all()) for x, y in pairs):
             raise ProblemError(
@@ -113,6 +113,8 @@ class SolvedRows(Dataset):
     def __init__(self, folder: Path, shards: int, like: Context) -> None:
         self.paths = [folder / f"shard-{shard:06d}.npz" for shard in range(shards)]
         self.like = map_leaves(lambda leaf: leaf[:0].cpu(), like)
+        self.names = [f"a.{name}".removesuffix(".") for name in fields(like)]
+        """Columns of the contexts."""
         self._shards: dict[int, dict[str, np.ndarray]] = {}
         self._check(folder)
         notes = [json.loads(path.with_suffix(".json").read_text()) for path in self.paths]
@@ -125,7 +127,7 @@ class SolvedRows(Dataset):
         self._tell(folder, sum(note["rows"] for note in notes), sum(note["paths"][0] for note in notes))
 
     def _check(self, folder: Path) -> None:
-        expected = {f"a.{name}".removesuffix("."): leaf for name, leaf in fields(self.like).items()}
+        expected = dict(zip(self.names, leaves(self.like), strict=True))
         found = {name: column for name, column in self._shard(0).items() if name == "a" or name.startswith("a.")}
         if {name: (column.shape[1:], column.dtype) for name, column in found.items()} != {
             name: (tuple(leaf.shape[1:]), leaf.numpy().dtype) for name, leaf in expected.items()
@@ -164,28 +166,28 @@ class SolvedRows(Dataset):
 
     def take(self, index: Tensor) -> Solved:
         """The rows that ``index`` names, in its order."""
-        shard = torch.searchsorted(self.ends, index, right=True)
-        order = shard.argsort(stable=True)
-        touched, counts = shard[order].unique_consecutive(return_counts=True)
-        parts = [
-            self._rows(number, rows.numpy() - (int(self.ends[number - 1]) if number else 0))
-            for number, rows in zip(touched.tolist(), index[order].split(counts.tolist()), strict=True)
-        ]
-        found: Solved = take(concatenate(parts), order.argsort())
-        return found
+        shard = torch.searchsorted(self.ends, index, right=True).numpy()
+        order = shard.argsort(kind="stable")
+        touched, first = np.unique(shard[order], return_index=True)
+        found: dict[str, np.ndarray] = {}
+        for number, at in zip(touched.tolist(), np.split(order, first[1:]), strict=True):
+            rows = index.numpy()[at] - (int(self.ends[number - 1]) if number else 0)
+            usable, columns = self.usable[number], self._shard(number)
+            rows = rows if usable is None else usable[rows]
+            for name in ("b", "objective", "path", *self.names):
+                if name not in found:
+                    found[name] = np.empty((len(index), *columns[name].shape[1:]), columns[name].dtype)
+                found[name][at] = columns[name][rows]
+        b, objective, path = (torch.from_numpy(found[name]) for name in ("b", "objective", "path"))
+        return Solved(self._context(found), b, objective, path != 0)
 
-    def _rows(self, shard: int, rows: np.ndarray) -> Solved:
-        """Of one shard, by their places among those that are usable."""
-        usable, columns = self.usable[shard], self._shard(shard)
-        rows = rows if usable is None else usable[rows]
-        b, objective, path = (torch.from_numpy(columns[name][rows]) for name in ("b", "objective", "path"))
-        return Solved(self.contexts(shard, rows), b, objective, path != 0)
+    def first(self, n: int) -> Context:
+        """The first n contexts of the first shard, those without a solution too."""
+        return self._context({name: self._shard(0)[name][:n].copy() for name in self.names})
 
-    def contexts(self, shard: int, rows: np.ndarray) -> Context:
-        """The contexts of one shard in these rows of its file."""
-        columns = self._shard(shard)
-        found = iter([torch.from_numpy(columns[f"a.{name}".removesuffix(".")][rows]) for name in fields(self.like)])
-        return map_leaves(lambda _: next(found), self.like)
+    def _context(self, columns: dict[str, np.ndarray]) -> Context:
+        parts = iter([torch.from_numpy(columns[name]) for name in self.names])
+        return map_leaves(lambda _: next(parts), self.like)
 
     def _shard(self, number: int) -> dict[str, np.ndarray]:
         if number not in self._shards:
@@ -205,7 +207,9 @@ def mapped(path: Path) -> dict[str, np.ndarray]:
     found = {}
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            lengths = struct.unpack_from("<HH", data.data, entry.header_offset + 26)  # of the name and of what follows it
+            lengths = struct.unpack_from(
+                "<HH", data.data, entry.header_offset + 26
+            )  # of the name and of what follows it
             start = entry.header_offset + 30 + sum(lengths)
             head = io.BytesIO(data[start : start + 2**16].tobytes())
             version = np.lib.format.read_magic(head)
