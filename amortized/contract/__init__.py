@@ -35,6 +35,7 @@ from amortized.contract.problem import (
     value_and_grad,
 )
 from amortized.contract.rows import Context, concatenate, leaves, map_leaves, num_rows, row_hashes, rows_where, take
+from amortized.contract.solved import Solved, check_solved, context_of
 from amortized.contract.streams import check_seed, stream_seed
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Projectable",
     "Quadratic",
     "QuadraticProgram",
+    "Solved",
     "best_of",
     "better",
     "bounded",
@@ -61,9 +63,11 @@ __all__ = [
     "check_context",
     "check_objective",
     "check_seed",
+    "check_solved",
     "check_support",
     "concatenate",
     "constrained",
+    "context_of",
     "draws",
     "evaluate",
     "feasibility_tol",
