@@ -42,7 +42,7 @@ WAYS = {
 BUDGETS, QUICK = (75, 225, 675, 2025), (20, 60)
 BLOCK = 20
 """Updates of one side before the next has its turn."""
-TEST = 512
+BATCH, TEST = 128, 512
 
 
 class Case(NamedTuple):
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 def sphere() -> Case:
     return Case(
         lambda: Sphere(SetTransformer(["centres", "offsets"], 4, 3, features=48)),
-        lambda **more: SphereContexts(batch_size=256, num_test=TEST, **more),
+        lambda **more: SphereContexts(batch_size=BATCH, num_test=TEST, **more),
         LBFGS(200),
         Angle(length=1),
         32768,
@@ -76,7 +76,7 @@ def sphere() -> Case:
 def dc3() -> Case:
     return Case(
         lambda: ConvexDC3(ResidualMLP(50, 100, [100, 100]), refine=Gauge()),
-        lambda **more: DC3Contexts(batch_size=256, num_test=TEST, **more),
+        lambda **more: DC3Contexts(batch_size=BATCH, num_test=TEST, **more),
         ADMM(tol=1e-7),
         Euclidean(),
         None,
@@ -91,7 +91,7 @@ def lasso() -> Case:
 
     return Case(
         lambda: SparseCoding(MLP(25, 50, [256, 256]), GaussianDictionary(25, 50), weight=0.005),
-        lambda **more: SparseSignals(GaussianDictionary(25, 50), batch_size=256, num_test=TEST, **more),
+        lambda **more: SparseSignals(GaussianDictionary(25, 50), batch_size=BATCH, num_test=TEST, **more),
         FISTA(steps=5000, tol=1e-5),
         Euclidean(),
         32768,

@@ -43,6 +43,7 @@ class RegressionLoss(Loss):
         distance: d; ``None`` is :class:`~amortized.losses.distances.Euclidean`, the mean squared difference.
         unsolved: weight of a row whose solver did not converge, or found nothing feasible, in [0, 1]: its target is the best
             that was found.
+        cache: is no more; what to do in its place is said.
 
     Raises:
         ProblemError: if there are no solutions, or they have another shape than predictions.
@@ -54,7 +55,7 @@ class RegressionLoss(Loss):
         solver: Solver | None = None,
         distance: Distance | None = None,
         unsolved: float = 0.0,
-        cache: None = None,
+        cache: str | None = None,
     ) -> None:
         if cache is not None:
             raise ValueError(
