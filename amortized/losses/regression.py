@@ -106,12 +106,13 @@ class RegressionLoss(Loss):
         return target
 
     def _off(self, model: Predictor, a: Context, target: Targets) -> Tensor:
-        b, b_star = model.iterates(a)[-1], target.b
+        b = model.iterates(a)[-1]
+        b_star = target.b.to(b.dtype)
         several = b_star.ndim == b.ndim + 1
         if b_star.shape[:1] + b_star.shape[1 + several :] != b.shape:
             raise ProblemError(f"solutions have shape {tuple(b_star.shape)}, the network predicts {tuple(b.shape)}")
         off = self._nearest(b, b_star) if several else self.distance(b, b_star)
-        return off if target.weight is None else target.weight * off
+        return off if target.weight is None else target.weight.to(off.dtype) * off
 
     def _nearest(self, b: Tensor, b_star: Tensor) -> Tensor:
         """The distance to the nearest of k solutions ``(B, k, *)``."""
