@@ -55,10 +55,16 @@ from amortized.problems.style.transfer import StylePair, StyleTransfer
 from amortized.problems.transport import (
     CloudPotential,
     CloudTransport,
+    ConvexPotential,
+    GaussianPair,
+    GaussianPotential,
     HistogramPotential,
     HistogramTransport,
     ImagePairs,
     MixtureClouds,
+    MongeMap,
+    Shapes,
+    Wasserstein2,
 )
 
 __all__ = [
@@ -88,8 +94,11 @@ __all__ = [
     "CloudTransport",
     "ConditionalFlow",
     "ConvexDC3",
+    "ConvexPotential",
     "DC3Contexts",
     "FactorMarkets",
+    "GaussianPair",
+    "GaussianPotential",
     "GaussianLinear",
     "GaussianLinearPosterior",
     "GeneratedImages",
@@ -101,6 +110,7 @@ __all__ = [
     "LinearGaussian",
     "LinearGaussianContexts",
     "MixtureClouds",
+    "MongeMap",
     "LotkaVolterra",
     "NeuralPosterior",
     "NonconvexDC3",
@@ -109,6 +119,7 @@ __all__ = [
     "PowerFlow",
     "PowerFlowContexts",
     "PowerFlowLoss",
+    "Shapes",
     "Simulations",
     "Sinusoid",
     "SinusoidContexts",
@@ -118,4 +129,5 @@ __all__ = [
     "StylePairs",
     "StyleTransfer",
     "TwoMoons",
+    "Wasserstein2",
 ]
