@@ -65,10 +65,16 @@ from amortized.problems.style.transfer import StylePair, StyleTransfer
 from amortized.problems.transport import (
     CloudPotential,
     CloudTransport,
+    ConvexPotential,
+    GaussianPair,
+    GaussianPotential,
     HistogramPotential,
     HistogramTransport,
     ImagePairs,
     MixtureClouds,
+    MongeMap,
+    Shapes,
+    Wasserstein2,
 )
 
 __all__ = [
@@ -107,8 +113,11 @@ __all__ = [
     "CloudTransport",
     "ConditionalFlow",
     "ConvexDC3",
+    "ConvexPotential",
     "DC3Contexts",
     "FactorMarkets",
+    "GaussianPair",
+    "GaussianPotential",
     "GaussianLinear",
     "GaussianLinearPosterior",
     "GeneratedImages",
@@ -120,6 +129,7 @@ __all__ = [
     "LinearGaussian",
     "LinearGaussianContexts",
     "MixtureClouds",
+    "MongeMap",
     "LotkaVolterra",
     "NeuralPosterior",
     "NonconvexDC3",
@@ -128,6 +138,7 @@ __all__ = [
     "PowerFlow",
     "PowerFlowContexts",
     "PowerFlowLoss",
+    "Shapes",
     "Simulations",
     "Sinusoid",
     "SinusoidContexts",
@@ -137,4 +148,5 @@ __all__ = [
     "StylePairs",
     "StyleTransfer",
     "TwoMoons",
+    "Wasserstein2",
 ]
