@@ -18,6 +18,7 @@ from amortized.contract.constraints import (
 from amortized.contract.draws import CommonDraws, draws, is_random, start_draws
 from amortized.contract.error import ProblemError
 from amortized.contract.problem import (
+    BlackBox,
     Composite,
     Constrained,
     FixedPoint,
@@ -30,6 +31,7 @@ from amortized.contract.problem import (
     Projectable,
     Quadratic,
     QuadraticProgram,
+    differentiable,
     evaluate,
     polyhedron,
     value_and_grad,
@@ -38,6 +40,7 @@ from amortized.contract.rows import Context, concatenate, leaves, map_leaves, nu
 from amortized.contract.streams import check_seed, stream_seed
 
 __all__ = [
+    "BlackBox",
     "Bounded",
     "CommonDraws",
     "Composite",
@@ -64,6 +67,7 @@ __all__ = [
     "check_support",
     "concatenate",
     "constrained",
+    "differentiable",
     "draws",
     "evaluate",
     "feasibility_tol",

@@ -10,6 +10,7 @@ from amortized.losses.objective import IterateLoss, LogObjectiveLoss, Loss, Obje
 from amortized.losses.penalty import PenaltyLoss
 from amortized.losses.primal_dual import KKTLoss, PrimalDualLoss
 from amortized.losses.regression import RegressionLoss
+from amortized.losses.zeroth_order import ScoreFunctionLoss, ZerothOrderLoss
 
 __all__ = [
     "FixedPointLoss",
@@ -22,4 +23,6 @@ __all__ = [
     "PenaltyLoss",
     "PrimalDualLoss",
     "RegressionLoss",
+    "ScoreFunctionLoss",
+    "ZerothOrderLoss",
 ]

@@ -35,6 +35,8 @@ class RegressionLoss(Loss):
             none of the first contexts that it was given.
     """
 
+    uses_gradient = False
+
     def __init__(self, field: str | None = None, solver: Solver | None = None, cache: str | None = None) -> None:
         if (field is None) == (solver is None):
             raise ValueError("RegressionLoss needs either the context's `field` with the solutions, or a `solver`")

@@ -1,7 +1,7 @@
 """The use cases, one file each: a problem and its contexts, read together."""
 
 from amortized.contexts.images import Images
-from amortized.problems.classification import Classification, LabelledDigits
+from amortized.problems.classification import Accuracy, Classification, LabelledDigits, LabelledImages
 from amortized.problems.constrained import (
     ConvexDC3,
     DC3Contexts,
@@ -26,6 +26,7 @@ from amortized.problems.control import (
 )
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
+from amortized.problems.inventory import BlackBoxInventory, Inventory, InventoryContexts
 from amortized.problems.meta import (
     FewShotClassification,
     FewShotRegression,
@@ -62,6 +63,10 @@ from amortized.problems.transport import (
 )
 
 __all__ = [
+    "Accuracy",
+    "BlackBoxInventory",
+    "Inventory",
+    "InventoryContexts",
     "SystemStates",
     "SwingUp",
     "SpeedLimit",
@@ -98,6 +103,7 @@ __all__ = [
     "ImagePairs",
     "Images",
     "LabelledDigits",
+    "LabelledImages",
     "LinearGaussian",
     "LinearGaussianContexts",
     "MixtureClouds",
