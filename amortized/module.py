@@ -44,6 +44,7 @@ from amortized.contract import (
     rows_where,
     stream_seed,
     take,
+    value_and_grad,
     violation,
 )
 from amortized.contract.faults import describe, known_cause
@@ -121,6 +122,9 @@ class AmortizedModule(LeanModule, abc.ABC):
         self._checked = False
 
     # ---- the problem
+
+    differentiable: bool = True
+    """Whether gradients of the objective may be followed; ``False`` makes the problem a :class:`~amortized.contract.BlackBox`."""
 
     objective_name = "objective"
     """What the objective is called, with its unit, in tables and pictures."""
@@ -450,6 +454,16 @@ class AmortizedModule(LeanModule, abc.ABC):
             )
         with _told(f"{name}.objective fails on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}"):
             check_objective(self, b, a)
+        if not self.differentiable and self.loss.uses_gradient:
+            raise ProblemError(
+                f"{type(self.loss).__name__} follows the gradient of the objective, and {name} has none (differentiable = "
+                "False): --model.loss ZerothOrderLoss"
+            )
+        if self.differentiable and self.loss.uses_gradient and not value_and_grad(self, b, a)[1].any():
+            rank_zero_warn(
+                f"the gradient of {name}.objective is zero in every row of the first batch: if the objective is piecewise "
+                "constant, say `differentiable = False` in the class and train by ZerothOrderLoss"
+            )
         with _told(f"{name}'s constraints fail on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}"):
             check_constraints(self, b, a)
             violation(self, b, a)

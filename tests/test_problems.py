@@ -9,7 +9,7 @@ from torch.nn.utils import vector_to_parameters
 
 from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import map_leaves, num_rows, value_and_grad
-from amortized.losses import FixedPointLoss, RegressionLoss
+from amortized.losses import FixedPointLoss, RegressionLoss, ZerothOrderLoss
 from amortized.module import AmortizedModule
 from amortized.networks import (
     MLP,
@@ -30,6 +30,7 @@ from amortized.problems import (
     LISTA,
     SLCP,
     VAE,
+    BlackBoxInventory,
     CartPole,
     Classification,
     CloudPotential,
@@ -58,6 +59,8 @@ from amortized.problems import (
     ImagePairs,
     Images,
     IntegratorStates,
+    Inventory,
+    InventoryContexts,
     LabelledDigits,
     LinearGaussian,
     LinearGaussianContexts,
@@ -198,6 +201,14 @@ def of_system(system):
     return lambda **settings: SystemStates(system(), **settings)
 
 
+def black_box():
+    return BlackBoxInventory(MLP(9, 3), periods=20, loss=ZerothOrderLoss(0.3))
+
+
+def positive(stock):
+    return (stock >= 0).all()
+
+
 def weak(forces):
     return (forces.abs() <= 10).all()
 
@@ -256,6 +267,8 @@ CASES = {
     "two moons": Case(lambda: flow_posterior(MLP(2, 4), TwoMoons()), simulations(TwoMoons), in_support),
     "SLCP": Case(lambda: flow_posterior(SetMoments(["x"], 2, 4), SLCP(), "affine"), simulations(SLCP), in_support),
     "lynxes": Case(lambda: flow_posterior(Recurrent(["x"], 2, 4), LotkaVolterra()), simulations(LotkaVolterra), in_support),
+    "inventory": Case(lambda: Inventory(MLP(9, 3)), InventoryContexts, positive),
+    "inventory, black box": Case(black_box, InventoryContexts, positive),
     "double integrator": Case(lambda: DoubleIntegrator(MLP(2, 20), refine=Gauge()), IntegratorStates, finite),
     "pendulum": Case(lambda: swing_up(Pendulum()), of_system(Pendulum), weak),
     "cart-pole": Case(lambda: swing_up(CartPole()), of_system(CartPole), weak),

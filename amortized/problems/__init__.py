@@ -1,7 +1,7 @@
 """The use cases, one file each: a problem and its contexts, read together."""
 
 from amortized.contexts.images import Images
-from amortized.problems.classification import Classification, LabelledDigits
+from amortized.problems.classification import Accuracy, Classification, LabelledDigits, LabelledImages
 from amortized.problems.coding import (
     ALISTA,
     LISTA,
@@ -36,6 +36,7 @@ from amortized.problems.control import (
 from amortized.problems.equilibrium import Equilibrium, EquilibriumState
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
+from amortized.problems.inventory import BlackBoxInventory, Inventory, InventoryContexts
 from amortized.problems.meta import (
     FewShotClassification,
     FewShotRegression,
@@ -87,6 +88,10 @@ __all__ = [
     "ALISTA",
     "EquilibriumState",
     "Equilibrium",
+    "Accuracy",
+    "BlackBoxInventory",
+    "Inventory",
+    "InventoryContexts",
     "SystemStates",
     "SwingUp",
     "SpeedLimit",
@@ -126,6 +131,7 @@ __all__ = [
     "ImagePairs",
     "Images",
     "LabelledDigits",
+    "LabelledImages",
     "LinearGaussian",
     "LinearGaussianContexts",
     "MixtureClouds",
