@@ -49,6 +49,8 @@ class RegressionLoss(Loss):
         ProblemError: if there are no solutions, or they have another shape than predictions.
     """
 
+    uses_gradient = False
+
     def __init__(
         self,
         field: str | None = None,
