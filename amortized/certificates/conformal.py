@@ -28,6 +28,7 @@ from amortized.contract import (
     CommonDraws,
     Context,
     Problem,
+    differentiable,
     is_random,
     map_leaves,
     num_rows,
@@ -83,9 +84,9 @@ def calibrate(gap: Tensor, squared: Tensor | None, alpha: float, unit: float | N
 
 
 def squared_gradient(problem: Problem, b: Tensor, a: Context) -> Tensor:
-    """``|grad L(b; a)|^2`` of each row ``(B,)``; a random objective's with the draws of its check."""
-    if not num_rows(a):
-        return b.new_zeros(0)
+    """``|grad L(b; a)|^2`` of each row ``(B,)``; a random objective's with the draws of its check; of a black box 0."""
+    if not num_rows(a) or not differentiable(problem):
+        return b.new_zeros(len(b))
     if is_random(problem, b[:1], take(a, slice(0, 1))):
         problem = CommonDraws(problem, stream_seed(0, "check", 0))
     with torch.inference_mode(False):

@@ -30,8 +30,12 @@ SOURCES = {
 SHA256 = {
     "mnist/train-images-idx3-ubyte": "0b367032e93c5d0cea0925647cfdb18614af8ee15f83e6f2fc2ad904a6835971",
     "mnist/t10k-images-idx3-ubyte": "1a1a05eab793c14bb050b398624a11b0ffd1a2953baed553b1b9bd079e2a20be",
+    "mnist/train-labels-idx1-ubyte": "1787548bbe0bff1ec2ecdc0ef292b02df999e2d1a6002d27500982c652b17203",
+    "mnist/t10k-labels-idx1-ubyte": "b91679a0acfe4ba0e50a2437a903084cba1f5f92592b016a25a7dfd00455798b",
     "fashion-mnist/train-images-idx3-ubyte": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
     "fashion-mnist/t10k-images-idx3-ubyte": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+    "fashion-mnist/train-labels-idx1-ubyte": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+    "fashion-mnist/t10k-labels-idx1-ubyte": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
 }
 """Of the compressed files, as published."""
 
@@ -77,10 +81,15 @@ class Images(ContextDataModule):
             raise ValueError(f"Images: dataset must be one of digits, {', '.join(FILES)}; got {dataset!r}")
         self.dataset, self.root, self.binarise = dataset, root, binarise
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those that the data set needs."""
+        return FILES[self.dataset]
+
     def prepare_data(self) -> None:
         """Downloads what is missing and can be had."""
         if self.dataset in SOURCES and self.root is None:
-            for file in FILES[self.dataset]:
+            for file in self.files:
                 if find(self.dataset, file) is None:
                     download(self.dataset, file)
         super().prepare_data()  # last: it may solve them
@@ -89,37 +98,35 @@ class Images(ContextDataModule):
         grey = handwritten_digits(split)[0] if self.dataset == "digits" else self._from_files(split)
         if split == "train":
             return grey
-        grey = _unit(grey[: self.num_rows[split]])
+        grey = unit(grey[: self.num_rows[split]])
         generator = torch.Generator().manual_seed({"val": 1257, "test": 1437}[split])
         return torch.bernoulli(grey, generator=generator) if self.binarise else grey
 
     def _from_files(self, split: str) -> Tensor:
-        file = FILES[self.dataset][-1 if split == "test" else 0]
-        path = find(self.dataset, file, self.root)
-        if path is None:
-            where = ", ".join(str(folder) for folder in folders(self.dataset, self.root))
-            raise ProblemError(
-                f"no {file} (or {file}.gz) of {self.dataset} in {where}: put it there, or name its directory with data.root or "
-                "the environment variable AMORTIZED_DATA"
-            )
         if self.dataset == "omniglot":
-            images = read_npz(path)  # characters x drawers
+            images = read_npz(located(self.dataset, FILES["omniglot"][0], self.root))  # characters x drawers
             first, last = {"train": (0, 16), "val": (16, 18), "test": (18, 20)}[split]
             images = images[:, first:last].reshape(-1, 28 * 28)
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
             return torch.from_numpy(images)[order]
-        images = read_idx(path)
-        if images.shape[1:] != (28, 28):
-            raise ProblemError(f"{path} holds an array of shape {images.shape}; {self.dataset} has images (N, 28, 28)")
-        if split != "test" and len(images) <= 10_000:
+        return self.part(split, FILES[self.dataset], (28, 28)).flatten(1)
+
+    def part(self, split: str, files: tuple[str, ...], row: tuple[int, ...] = ()) -> Tensor:
+        """The rows of a split, bytes of that shape, in IDX files for training and for the test."""
+        path = located(self.dataset, files[-1 if split == "test" else 0], self.root)
+        rows = read_idx(path)
+        if rows.shape[1:] != row:
+            wanted = f"images {('N', *row)}".replace("'", "") if row else "labels (N,)"
+            raise ProblemError(f"{path} holds an array of shape {rows.shape}; {self.dataset} has {wanted}")
+        if split != "test" and len(rows) <= 10_000:
             raise ProblemError(
-                f"{path} holds {len(images)} images, of which the last 10,000 are for validation: there are none to train on"
+                f"{path} holds {len(rows)} images, of which the last 10,000 are for validation: there are none to train on"
             )
-        kept = {"train": slice(0, len(images) - 10_000), "val": slice(len(images) - 10_000, None), "test": slice(None)}
-        return torch.from_numpy(images[kept[split]].reshape(-1, 28 * 28))
+        kept = {"train": slice(0, len(rows) - 10_000), "val": slice(len(rows) - 10_000, None), "test": slice(None)}
+        return torch.from_numpy(rows[kept[split]])
 
     def augment(self, a: Context, generator: torch.Generator) -> Tensor:
-        grey = _unit(a)
+        grey = unit(a)
         return torch.bernoulli(grey, generator=generator) if self.binarise else grey
 
 
@@ -131,7 +138,7 @@ def show(axes: Axes, pixels: Tensor, height: int | None = None) -> None:
     axes.imshow(image.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1, aspect=aspect)
 
 
-def _unit(grey: Tensor) -> Tensor:
+def unit(grey: Tensor) -> Tensor:
     """Grey values in [0, 1]; files have bytes, which stay bytes in memory."""
     return grey.float() / 255 if grey.dtype == torch.uint8 else grey
 
@@ -154,6 +161,12 @@ FILES: dict[str, tuple[str, ...]] = {
 }
 """Training images first, test images last."""
 
+LABELS: dict[str, tuple[str, ...]] = {
+    "mnist": ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"),
+    "fashion-mnist": ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"),
+}
+"""The labels of those, likewise."""
+
 
 def cache() -> Path:
     """Where downloads go."""
@@ -174,6 +187,22 @@ def find(name: str, file: str, root: str | None = None) -> Path | None:
             if path.is_file():
                 return path
     return None
+
+
+def located(name: str, file: str, root: str | None = None) -> Path:
+    """As :func:`find`.
+
+    Raises:
+        ProblemError: if there is none; it says where one would be looked for.
+    """
+    path = find(name, file, root)
+    if path is None:
+        where = ", ".join(str(folder) for folder in folders(name, root))
+        raise ProblemError(
+            f"no {file} (or {file}.gz) of {name} in {where}: put it there, or name its directory with data.root or "
+            "the environment variable AMORTIZED_DATA"
+        )
+    return path
 
 
 def download(name: str, file: str) -> Path:

@@ -18,6 +18,7 @@ from amortized.contract.constraints import (
 from amortized.contract.draws import CommonDraws, draws, is_random, start_draws
 from amortized.contract.error import ProblemError
 from amortized.contract.problem import (
+    BlackBox,
     Composite,
     Constrained,
     FixedPoint,
@@ -30,6 +31,7 @@ from amortized.contract.problem import (
     Projectable,
     Quadratic,
     QuadraticProgram,
+    differentiable,
     evaluate,
     polyhedron,
     value_and_grad,
@@ -39,6 +41,7 @@ from amortized.contract.solved import Solved, check_solved, context_of
 from amortized.contract.streams import check_seed, stream_seed
 
 __all__ = [
+    "BlackBox",
     "Bounded",
     "CommonDraws",
     "Composite",
@@ -68,6 +71,7 @@ __all__ = [
     "concatenate",
     "constrained",
     "context_of",
+    "differentiable",
     "draws",
     "evaluate",
     "feasibility_tol",

@@ -10,7 +10,7 @@ from torch.distributions.constraints import Constraint
 
 from amortized.contract.draws import draws, is_random
 from amortized.contract.error import ProblemError
-from amortized.contract.problem import Problem, evaluate
+from amortized.contract.problem import Problem, differentiable, evaluate
 from amortized.contract.rows import Context, leaves, num_rows, take
 from amortized.contract.streams import stream_seed
 
@@ -59,8 +59,8 @@ def _names(a: Context) -> list[str]:
 def check_objective(problem: Problem, b: Tensor, a: Context) -> None:
     """Check the contract of ``objective`` on one batch: it returns ``(B,)``, finite, and no row sees another.
 
-    Row independence is tested by the gradient (``dL_i / db_j = 0`` for ``i != j``) and, where the objective draws no
-    random numbers, by evaluating the rows in two halves.
+    Row independence is tested by the gradient (``dL_i / db_j = 0`` for ``i != j``), where there is one, and, where the objective
+    draws no random numbers, by evaluating the rows in two halves.
 
     Raises:
         ProblemError: with what was given, what was expected and what to write instead.
@@ -89,9 +89,12 @@ def check_objective(problem: Problem, b: Tensor, a: Context) -> None:
                 f"{name} is {value.detach()[row]:g} in row {row} of the first batch (its b: {b[row].flatten()[:4].tolist()}...); "
                 "every real b must be legal: map it into the domain (softmax, softplus, ...) inside the objective."
             )
-        if not value.requires_grad:
-            raise ProblemError(f"{name} does not depend on b (no gradient reaches it): is b detached, or in no_grad?")
-        for row in {0, B - 1}:
+        if not value.requires_grad and differentiable(problem):
+            raise ProblemError(
+                f"{name} does not depend on b (no gradient reaches it): is b detached, or in no_grad? If the objective has no "
+                "gradient, say `differentiable = False` in the class and train by ZerothOrderLoss"
+            )
+        for row in {0, B - 1} if differentiable(problem) else ():
             (grad,) = torch.autograd.grad(value[row], point, retain_graph=True)
             grad = grad.flatten(1).abs().sum(1)
             if not torch.isfinite(grad).all():

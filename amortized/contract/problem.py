@@ -52,6 +52,21 @@ def evaluate(problem: Problem, b: Tensor, a: Context) -> Tensor:
         return problem.objective(b, a)
 
 
+class BlackBox(Problem, Protocol):
+    """An objective without a useful gradient: computed outside torch (a simulator), or constant almost everywhere.
+
+    It says ``differentiable = False``, and is then trained, solved and certified by its values alone: losses and solvers that
+    follow gradients refuse it.
+    """
+
+    differentiable: bool
+
+
+def differentiable(problem: Any) -> bool:
+    """Whether gradients of the objective may be followed; a problem that is a :class:`BlackBox` says that they may not."""
+    return bool(getattr(problem, "differentiable", True))
+
+
 class Composite(Problem, Protocol):
     """``L(b; a) = smooth(b; a) + r(b; a)``, where r need not be differentiable but has a proximal map."""
 

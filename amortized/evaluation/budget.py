@@ -32,6 +32,7 @@ from amortized.contract import (
     Context,
     Problem,
     constrained,
+    differentiable,
     evaluate,
     feasible_value,
     is_random,
@@ -206,9 +207,9 @@ def clock(device: torch.device) -> float:
 def default_rivals(problem: Problem, solver: Solver) -> dict[str, Solver]:
     """The stated grid: the solver that measures the gap, and Adam at four step sizes, 200 steps each.
 
-    Where the problem has constraints, the solver alone: what ignores them is no rival.
+    Where the problem has constraints, or no gradient, the solver alone: what ignores them, or needs one, is no rival.
     """
-    if constrained(problem):
+    if constrained(problem) or not differentiable(problem):
         return {type(solver).__name__: solver}
     adams: dict[str, Solver] = {f"Adam {lr:g}": Adam(steps=200, lr=lr) for lr in (0.01, 0.03, 0.1, 0.3)}
     return {type(solver).__name__: solver, **adams}

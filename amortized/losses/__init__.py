@@ -12,6 +12,7 @@ from amortized.losses.penalty import PenaltyLoss
 from amortized.losses.primal_dual import KKTLoss, PrimalDualLoss
 from amortized.losses.regression import RegressionLoss
 from amortized.losses.sum import SumLoss
+from amortized.losses.zeroth_order import ScoreFunctionLoss, ZerothOrderLoss
 
 __all__ = [
     "KL",
@@ -31,4 +32,6 @@ __all__ = [
     "PrimalDualLoss",
     "RegressionLoss",
     "SumLoss",
+    "ScoreFunctionLoss",
+    "ZerothOrderLoss",
 ]

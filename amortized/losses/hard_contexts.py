@@ -82,6 +82,11 @@ class HardContexts(Loss, nn.Module):
         self.register_buffer("moment", torch.zeros(FEATURES + 1))
         self._projection: Tensor | None = None
 
+    @property
+    def uses_gradient(self) -> bool:  # type: ignore[override]
+        """As the loss that it trains for."""
+        return self.loss.uses_gradient
+
     def __call__(self, model: Predictor, a: Context) -> Tensor:
         """The weighted losses of the rows drawn, ``(N / pool,)``; their backward pass teaches the scores."""
         return self._on_drawn(model, a, self.loss)

@@ -13,6 +13,9 @@ from amortized.contract import Context, Predictor, Solved
 class Loss(abc.ABC):
     """The training signal of each row, differentiable with respect to the model's parameters."""
 
+    uses_gradient = True
+    """Whether it differentiates the objective; such a loss cannot train for a :class:`~amortized.contract.BlackBox`."""
+
     @abc.abstractmethod
     def __call__(self, model: Predictor, a: Context) -> Tensor:
         """``(B,)``, to be averaged over the batch."""

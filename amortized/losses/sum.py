@@ -32,6 +32,11 @@ class SumLoss(Loss, nn.Module):
         self.losses, self.weights = losses, weights
         self.parts = nn.ModuleList(loss for loss in losses if isinstance(loss, nn.Module))
 
+    @property
+    def uses_gradient(self) -> bool:  # type: ignore[override]
+        """Whether one of them does."""
+        return any(loss.uses_gradient for loss in self.losses)
+
     def __call__(self, model: Predictor, a: Context) -> Tensor:
         shared = _Once(model)
         return self._sum([loss(shared, a) for loss in self.losses])

@@ -1,7 +1,7 @@
 """The use cases, one file each: a problem and its contexts, read together."""
 
 from amortized.contexts.images import Images
-from amortized.problems.classification import Classification, LabelledDigits
+from amortized.problems.classification import Accuracy, Classification, LabelledDigits, LabelledImages
 from amortized.problems.coding import (
     ALISTA,
     LISTA,
@@ -36,6 +36,7 @@ from amortized.problems.control import (
 from amortized.problems.equilibrium import Equilibrium, EquilibriumState
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
+from amortized.problems.inventory import BlackBoxInventory, Inventory, InventoryContexts
 from amortized.problems.meta import (
     FewShotClassification,
     FewShotRegression,
@@ -65,10 +66,16 @@ from amortized.problems.style.transfer import StylePair, StyleTransfer
 from amortized.problems.transport import (
     CloudPotential,
     CloudTransport,
+    ConvexPotential,
+    GaussianPair,
+    GaussianPotential,
     HistogramPotential,
     HistogramTransport,
     ImagePairs,
     MixtureClouds,
+    MongeMap,
+    Shapes,
+    Wasserstein2,
 )
 
 __all__ = [
@@ -81,6 +88,10 @@ __all__ = [
     "ALISTA",
     "EquilibriumState",
     "Equilibrium",
+    "Accuracy",
+    "BlackBoxInventory",
+    "Inventory",
+    "InventoryContexts",
     "SystemStates",
     "SwingUp",
     "SpeedLimit",
@@ -107,8 +118,11 @@ __all__ = [
     "CloudTransport",
     "ConditionalFlow",
     "ConvexDC3",
+    "ConvexPotential",
     "DC3Contexts",
     "FactorMarkets",
+    "GaussianPair",
+    "GaussianPotential",
     "GaussianLinear",
     "GaussianLinearPosterior",
     "GeneratedImages",
@@ -117,9 +131,11 @@ __all__ = [
     "ImagePairs",
     "Images",
     "LabelledDigits",
+    "LabelledImages",
     "LinearGaussian",
     "LinearGaussianContexts",
     "MixtureClouds",
+    "MongeMap",
     "LotkaVolterra",
     "NeuralPosterior",
     "NonconvexDC3",
@@ -128,6 +144,7 @@ __all__ = [
     "PowerFlow",
     "PowerFlowContexts",
     "PowerFlowLoss",
+    "Shapes",
     "Simulations",
     "Sinusoid",
     "SinusoidContexts",
@@ -137,4 +154,5 @@ __all__ = [
     "StylePairs",
     "StyleTransfer",
     "TwoMoons",
+    "Wasserstein2",
 ]

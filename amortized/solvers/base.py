@@ -15,6 +15,7 @@ from amortized.contract import (
     CommonDraws,
     Context,
     Problem,
+    differentiable,
     is_random,
     leaves,
     map_leaves,
@@ -119,6 +120,9 @@ class Solver(nn.Module, abc.ABC):
     needs: tuple[str, ...] = ("objective",)
     """The methods of a problem that the solver calls."""
 
+    uses_gradient = True
+    """Whether it follows gradients of the objective; such a solver refuses a :class:`~amortized.contract.BlackBox`."""
+
     def __init__(self, steps: int = 1000, tol: float | None = None) -> None:
         super().__init__()
         if steps < 0:
@@ -126,12 +130,17 @@ class Solver(nn.Module, abc.ABC):
         self.steps, self.tol = steps, tol
 
     def require(self, problem: Any) -> None:
-        """Raises ``TypeError``, which names them, unless the problem has the methods that the solver needs."""
+        """Raises ``TypeError`` unless the problem has the methods that the solver needs, which it names, and its gradient."""
         missing = [method for method in self.needs if not hasattr(problem, method)]
         if missing:
             raise TypeError(
                 f"{type(self).__name__} needs more of a problem than {type(problem).__name__} has: "
                 f"{', '.join(missing)} (see amortized.contract); write it, or use LBFGS, which needs only objective."
+            )
+        if self.uses_gradient and not differentiable(problem):
+            raise TypeError(
+                f"{type(self).__name__} follows gradients, and {type(problem).__name__} has none (differentiable = False): use "
+                "CMAES, or MultiStart around it"
             )
 
     def solve(

@@ -49,6 +49,7 @@ class CMAES(RowSolver):
     """
 
     relative = False
+    uses_gradient = False
 
     def __init__(
         self,

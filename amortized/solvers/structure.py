@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from amortized.contract import differentiable
 from amortized.solvers.base import Solver
+from amortized.solvers.cma_es import CMAES
 from amortized.solvers.smooth.gauss_newton import GaussNewton
 from amortized.solvers.smooth.lbfgs import LBFGS
 from amortized.solvers.structured.admm import ADMM
@@ -25,7 +27,9 @@ STRUCTURES: tuple[tuple[tuple[str, ...], type[Solver]], ...] = (
 
 
 def structure(problem: Any) -> tuple[tuple[str, ...], type[Solver]]:
-    """The methods that a problem is best solved by, and the class of the solver that calls them."""
+    """The methods that a problem is best solved by, and the class of the solver that calls them; a black box has its values."""
+    if not differentiable(problem):
+        return ("objective",), CMAES
     return next((names, kind) for names, kind in STRUCTURES if all(hasattr(problem, name) for name in names))
 
 
