@@ -7,6 +7,7 @@
   network's mean objective, and, row by row, to 1e-6 above the optimum (relative), from zero and from the prediction. The optimum
   is FISTA's to 1e-10. A signal that is zero has the optimum 0 and is left out (said, how many).
 * ``refinements``: what 16 steps of each kind are worth after the same number of updates from the same network, trained here.
+* ``dictionary``: what a dictionary of patches, trained here with its coder, is worth beside the cosines that it starts from.
 * ``equilibrium``: the deep equilibrium classifier of ``checkpoints/deq_digits.ckpt``, and a learned start for its solver, which
   is trained here.
 """
@@ -32,6 +33,7 @@ from amortized.problems import (
     ALISTA,
     LISTA,
     Classification,
+    CosineDictionary,
     EquilibriumState,
     GaussianDictionary,
     Images,
@@ -178,9 +180,9 @@ def all_codes(quick: bool) -> list[Row]:
 
 def refinements(quick: bool) -> list[Row]:
     updates = 30 if quick else 1000
-    dictionary = GaussianDictionary(25, 50)
-    data = SparseSignals(dictionary, num_test=512)
-    lr = float(1 / dictionary.curvature())
+    D = GaussianDictionary(25, 50)
+    data = SparseSignals(D, num_test=512)
+    lr = float(1 / D.curvature())
     kinds: dict[str, Callable[[], Solver | None]] = {
         "none": lambda: None,
         "FISTA, learned step sizes": lambda: FISTA(16, lr=lr, learn_lr=True),
@@ -195,7 +197,7 @@ def refinements(quick: bool) -> list[Row]:
         started = time.process_time()
         rate = 0.002 if name == "none" else 0.01
         network = MLP(25, 50, [256, 256])
-        module = train(SparseCoding(network, copy.deepcopy(dictionary), refine=make()), data, updates, rate).double()
+        module = train(SparseCoding(network, copy.deepcopy(D), refine=make()), data, updates, rate).double()
         seconds = time.process_time() - started
         a = data.contexts("test").double()
         best = FISTA(20_000, tol=1e-9).solve(module, a, module.initial(a)).value
@@ -203,6 +205,19 @@ def refinements(quick: bool) -> list[Row]:
             gap = float((evaluate(module, module(a), a) - best).mean() / best.mean())
         rows.append(row(f"16 steps, {name}: gap", gap, None, None, f"{updates} updates, {seconds:.0f} s of one core"))
     return rows
+
+
+def dictionary(quick: bool) -> list[Row]:
+    data = Patches(num_test=64 if quick else 256, batch_size=128)
+    a, means = data.contexts("test").double(), {}
+    for name, updates in {"cosines": 0, "learned": 20 if quick else 1500}.items():
+        torch.manual_seed(0)
+        network, layers = MLP(64, 144, [256]), LISTA(64, 144, 16)
+        module = SparseCoding(network, CosineDictionary(learn=True), 0.02, refine=layers)
+        module = (train(module, data, updates, 0.002) if updates else module).double()
+        means[name] = float(FISTA(5000, tol=1e-7).solve(module, a, module.initial(a)).value.mean())
+    detail = f"mean optimum over {len(a)} held-out patches: {means['learned']:.4g} and {means['cosines']:.4g}"
+    return [row("dictionary of patches, learned / cosines", means["learned"] / means["cosines"], None, None, detail)]
 
 
 # ---- fixed points
@@ -251,6 +266,7 @@ def equilibrium(quick: bool) -> list[Row]:
 PARTS: dict[str, Callable[[bool], list[Row]]] = {
     "codes": all_codes,
     "refinements": refinements,
+    "dictionary": dictionary,
     "equilibrium": equilibrium,
 }
 

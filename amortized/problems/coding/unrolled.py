@@ -34,7 +34,7 @@ class UnrolledISTA(Solver, abc.ABC):
         momentum: learn ``β_k`` too, from 0.3; otherwise they are 0.
     """
 
-    needs = ("dictionary", "weight", "objective")
+    needs = ("dictionary", "weight", "update", "objective")
 
     def __init__(self, steps: int = 16, momentum: bool = True) -> None:
         super().__init__(steps)
