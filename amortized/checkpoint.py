@@ -26,6 +26,9 @@ from amortized import disk
 RECIPE = "amortized_recipe"
 """Key under which a checkpoint holds the recipe it was trained with."""
 
+UNTRAINED = "untrained"
+"""What stands in the place of a checkpoint for the network as it is initialised."""
+
 PROCESSES = "amortized_processes"
 """Key under which it holds how many processes trained it."""
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from amortized.contexts.data_module import ContextDataModule
-from amortized.contract import Context, ProblemError, draws, evaluate, leaves, num_rows, stream_seed, take
+from amortized.contract import Context, ProblemError, context_of, draws, evaluate, leaves, num_rows, stream_seed, take
 
 if TYPE_CHECKING:
     from amortized.module import AmortizedModule
@@ -141,7 +141,7 @@ class FiniteUpdates:
                 buffer.copy_(value)
         N, good = num_rows(a), _signal_alone(module, a).isfinite()
         if len(good) != N:  # the loss draws rows
-            good = evaluate(module, module(a), a).isfinite()
+            good = evaluate(module, module(context_of(a)), context_of(a)).isfinite()
         bad = int((~good).sum())
         if not self.rows and bad:
             fault = _fault(module, Step(number, a, signal.detach()))
@@ -163,7 +163,7 @@ def _fault(module: AmortizedModule, step: Step) -> str | None:
         a = data.batch("train", step.number, module.device)
     loss = f"the loss ({type(module.loss).__name__})"
     if a is not None and len(signal) != num_rows(a):  # the loss draws rows
-        signal, loss = evaluate(module, module(a), a).detach(), "the objective"
+        signal, loss = evaluate(module, module(context_of(a)), context_of(a)).detach(), "the objective"
     bad = ~signal.isfinite()
     if bool(bad.any()):
         # Where a layer mixes rows, all of them may be NaN: that whose context is NaN comes first.

@@ -31,10 +31,13 @@ from amortized.contexts.data_module import ContextDataModule, evaluation_names
 from amortized.contract import (
     Context,
     ProblemError,
+    Solved,
     check_constraints,
     check_objective,
+    check_solved,
     check_support,
     constrained,
+    context_of,
     draws,
     evaluate,
     feasibility_tol,
@@ -189,7 +192,7 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     def amortized_step(self, a: Context) -> Tensor:
         """The training signal on each of these contexts, ``(B,)``: the loss, of which training takes the mean."""
-        return self.loss(self, a)
+        return self.loss.on_solved(self, a) if isinstance(a, Solved) else self.loss(self, a)
 
     # ---- Lightning
 
@@ -405,11 +408,13 @@ class AmortizedModule(LeanModule, abc.ABC):
             )
         if updates > 1 and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise ProblemError("batches_per_step > 1 does not scale losses for float16: use precision bf16-mixed or 32")
-        check_support(self, a)
+        check_support(self, context_of(a))
         training = self.training
         self.eval()  # and with the random numbers put back: the check leaves no trace in the run
         with draws(stream_seed(0, "check", 0), self.device), torch.no_grad():
-            self._check_network(a)
+            self._check_network(context_of(a))
+            if isinstance(a, Solved):
+                check_solved(self, a)
         self.train(training)
         if self.compiled:
             self._try_compiled(a)

@@ -1,26 +1,13 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 from toy import Pair, Quadratic
 
-from amortized import IterateLoss, ObjectiveLoss, ProblemError, RegressionLoss
-from amortized.contract import num_rows, row_hashes
-from amortized.losses.objective import LogObjectiveLoss
+from amortized import HardContexts, IterateLoss, LogObjectiveLoss, ObjectiveLoss, ProblemError, RegressionLoss
+from amortized.contract import row_hashes
+from amortized.losses import SumLoss
 from amortized.solvers import LBFGS, GradientDescent, Solver
-
-
-class Counting(LBFGS):
-    """Counts the rows it is asked to solve."""
-
-    rows = 0
-
-    def solve(self, problem, a, b, **kwargs):
-        Counting.rows += num_rows(a)
-        return super().solve(problem, a, b, **kwargs)
-
-
-@pytest.fixture(autouse=True)
-def _start_counting():
-    Counting.rows = 0
 
 
 def test_objective_loss_is_the_objective_of_the_prediction():
@@ -57,29 +44,69 @@ def test_regression_to_solutions_in_the_data():
         RegressionLoss(field="z")(model, a)
 
 
-def test_regression_to_solutions_by_a_solver_solves_each_context_once(tmp_path):
+def test_regression_to_what_a_solver_finds_in_every_step():
     model, a = Quadratic(), torch.randn(6, 3)
-    loss = RegressionLoss(solver=Counting(steps=50), cache=str(tmp_path / "solutions"))
-    expected = (model(a) - 2 * a).square().mean(1)
-    assert torch.allclose(loss(model, a), expected, atol=1e-4)
-    mixed = torch.cat([a[2:4], torch.randn(2, 3), a[:1], a[:1]])
-    assert torch.allclose(loss(model, mixed), (model(mixed) - 2 * mixed).square().mean(1), atol=1e-4)
-    assert Counting.rows == 8
-    again = RegressionLoss(solver=Counting(steps=50), cache=str(tmp_path / "solutions"))
-    assert torch.allclose(again(model, mixed), loss(model, mixed))
-    assert Counting.rows == 8  # from the disk
+    loss = RegressionLoss(solver=LBFGS(steps=50))
+    assert torch.allclose(loss(model, a), (model(a) - 2 * a).square().mean(1), atol=1e-4)
+    with pytest.raises(ProblemError, match="LBFGS converged on none of 6 contexts"):
+        RegressionLoss(solver=LBFGS(steps=0))(model, a)
 
 
-def test_a_cache_of_another_objective_is_refused(tmp_path):
-    a = torch.randn(6, 3)
-    RegressionLoss(solver=LBFGS(), cache=str(tmp_path))(Quadratic(), a)
+def test_what_was_a_cache_is_a_solution_set():
+    with pytest.raises(ValueError, match="--out kept` and train on them by --data.solutions kept"):
+        RegressionLoss(solver=LBFGS(), cache="kept")
+    with pytest.raises(ProblemError, match="name the folder of a set by --data.solutions"):
+        RegressionLoss()(Quadratic(), torch.randn(6, 3))
 
-    class Other(Quadratic):
-        def objective(self, b, a):
-            return super().objective(b, a - 1)
 
-    with pytest.raises(ProblemError, match="of another objective"):
-        RegressionLoss(solver=LBFGS(), cache=str(tmp_path))(Other(), a)
+class Known(NamedTuple):
+    x: torch.Tensor
+    best: torch.Tensor
+    """``(B, k, 3)``."""
+
+
+class Several(Quadratic):
+    def observe(self, a):
+        return a.x
+
+
+def test_of_several_solutions_the_nearest_counts():
+    model = Several()
+    x = torch.randn(4, 3)
+    near, far = model.network(x).detach() + 0.1, torch.full((4, 3), 9.0)
+    best = torch.stack([far, near, far.clone()], 1)
+    best[:2, 2] = torch.nan  # two solutions alone
+    loss = RegressionLoss(field="best")(model, Known(x, best))
+    torch.testing.assert_close(loss, torch.full((4,), 0.01))
+    loss.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    with pytest.raises(ProblemError, match=r"shape \(4, 3, 2\), the network predicts \(4, 3\)"):
+        RegressionLoss(field="best")(model, Known(x, best[..., :2]))
+
+
+def test_a_sum_of_losses_predicts_once():
+    class Watching(Quadratic):
+        asked = 0
+
+        def iterates(self, a):
+            self.asked += 1
+            return super().iterates(a)
+
+    model, a = Watching(), torch.randn(6, 3)
+    parts = [ObjectiveLoss(), LogObjectiveLoss(), IterateLoss()]
+    expected = sum(w * part(model, a) for w, part in zip((1, 0.5, 2), parts, strict=True))
+    before = model.asked
+    torch.testing.assert_close(SumLoss(parts, [1, 0.5, 2])(model, a), expected)
+    assert model.asked == before + 1
+    torch.testing.assert_close(SumLoss(parts)(model, a), sum(part(model, a) for part in parts))
+    with pytest.raises(ValueError, match="got 2 for 3 losses"):
+        SumLoss(parts, [1, 2])
+    with pytest.raises(ProblemError, match="ObjectiveLoss 6, HardContexts 3"):
+        SumLoss([ObjectiveLoss(), HardContexts(pool=2)])(model, a)
+
+
+def test_a_sum_keeps_what_its_losses_learn():
+    assert {"parts.0.gram", "parts.0.moment"} <= SumLoss([HardContexts()]).state_dict().keys()
 
 
 def test_rows_hash_by_their_bytes():

@@ -9,7 +9,7 @@ from torch.nn.utils import vector_to_parameters
 
 from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import map_leaves, num_rows, value_and_grad
-from amortized.losses import ZerothOrderLoss
+from amortized.losses import FixedPointLoss, ZerothOrderLoss
 from amortized.module import AmortizedModule
 from amortized.networks import (
     MLP,
@@ -26,6 +26,8 @@ from amortized.networks import (
 )
 from amortized.posteriors import DiagonalGaussian, Flow, FullGaussian
 from amortized.problems import (
+    ALISTA,
+    LISTA,
     SLCP,
     VAE,
     BlackBoxInventory,
@@ -35,11 +37,15 @@ from amortized.problems import (
     CloudTransport,
     ConditionalFlow,
     ConvexDC3,
+    CosineDictionary,
     DC3Contexts,
     DoubleIntegrator,
+    Equilibrium,
+    EquilibriumState,
     FactorMarkets,
     FewShotClassification,
     FewShotRegression,
+    GaussianDictionary,
     GaussianLinear,
     GaussianLinearPosterior,
     GaussianProcesses,
@@ -62,6 +68,7 @@ from amortized.problems import (
     NeuralProcess,
     NonconvexDC3,
     OperatingPoint,
+    Patches,
     Pendulum,
     Policy,
     Portfolio,
@@ -72,6 +79,8 @@ from amortized.problems import (
     Simulations,
     Sinusoid,
     SinusoidContexts,
+    SparseCoding,
+    SparseSignals,
     Sphere,
     SphereContexts,
     StylePairs,
@@ -195,6 +204,26 @@ def weak(forces):
     return (forces.abs() <= 10).all()
 
 
+def sparse(refine):
+    return SparseCoding(MLP(25, 50), GaussianDictionary(25, 50), refine=refine)
+
+
+def sparse_signals(**settings):
+    return SparseSignals(GaussianDictionary(25, 50), **settings)
+
+
+def sparse_patches():
+    return SparseCoding(MLP(64, 144), CosineDictionary(learn=True), patches=True, refine=LISTA(64, 144, 3))
+
+
+def equilibrium_state():
+    return EquilibriumState(MLP(64, 16), Equilibrium(64, 10, 16), loss=FixedPointLoss(2))
+
+
+def representable(x):
+    return finite(x.code) and finite(x.signal)
+
+
 BOWLS, SUPPORT = ["centres", "offsets"], ["support_x", "support_y"]
 CASES = {
     "sphere": Case(lambda: Sphere(MLP(16, 3)), SphereContexts, on_sphere),
@@ -235,6 +264,11 @@ CASES = {
     "DC3, not convex": Case(lambda: NonconvexDC3(ResidualMLP(50, 100, [16]), refine=Gauge()), DC3Contexts, finite),
     "portfolio": Case(lambda: Portfolio(messages(), refine=Simplex()), FactorMarkets, finite),
     "power flow": Case(power_flow, PowerFlowContexts, within_physics),
+    "sparse codes": Case(lambda: sparse(LISTA(25, 50, 3)), sparse_signals, representable),
+    "sparse codes, analytic": Case(lambda: sparse(ALISTA(3)), sparse_signals, representable),
+    "sparse codes, dictionary learning": Case(sparse_patches, Patches, representable),
+    "equilibrium": Case(lambda: Classification(Equilibrium(64, 10, 16)), LabelledDigits, on_simplex),
+    "equilibrium's state": Case(equilibrium_state, Images, finite),
     "style": Case(lambda: StyleTransfer(Stylization(channels=(4, 8, 8), blocks=1, embedding=8)), StylePairs, in_unit_cube),
 }  # fmt: skip
 

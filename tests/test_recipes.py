@@ -116,10 +116,11 @@ SMALL = (
 
 
 def small(text):
-    """Settings of a short run; a MultiStart has the steps of its solver."""
+    """Settings of a short run; a MultiStart has the steps of its solver, a solution set few contexts."""
+    few = ["--data.init_args.solutions.init_args.contexts=64"] if "SolveOnce" in text else []
     if "MultiStart" not in text:
-        return SMALL
-    return [option.replace("gap.solver", "gap.solver.init_args.solver") for option in SMALL]
+        return [*SMALL, *few]
+    return [option.replace("gap.solver", "gap.solver.init_args.solver") for option in (*SMALL, *few)]
 
 
 def fit(recipe, folder, *options):

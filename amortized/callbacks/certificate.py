@@ -86,14 +86,15 @@ class CertificateMonitor(Callback):
         found = rows.gap.cpu()[at]
         known = found.isfinite()
         network = self.calibration.network
+        size = rows.network.cpu()[at][known].abs()
         self.results = {
             "kind": self._certificate.kind,
             "alpha": network.alpha,
             "calibrated_on": network.n,
             "assumption": ASSUMPTION,
             "contexts": int(known.sum()),
-            # Up to 1e-6 of the objective, as a lost row is counted: the reference is feasible, and rounded, that far only.
-            **coverage(bound[known] + 1e-6 * rows.network.cpu()[at][known].abs(), found[known]),
+            # Up to 1e-6 of the objective, or of its mean size where that is more: so far the reference is feasible, and rounded.
+            **coverage(bound[known] + 1e-6 * size.clamp(min=float(size.nanmean())), found[known]),
             "median": float(bound[known].median()) if known.any() else None,
         }
 

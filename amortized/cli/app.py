@@ -34,7 +34,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.multiprocessing import ProcessExitedException
 
 import amortized.networks
-import amortized.problems  # noqa: F401  (imported so that recipes can use short class names)
+import amortized.problems
+import amortized.shipping.solutions  # noqa: F401  (imported so that recipes can use short class names)
 from amortized import checkpoint, disk
 from amortized.callbacks import BudgetMonitor, CertificateMonitor, Checkpoint, GapMonitor, Interrupt, Report
 from amortized.callbacks.checkpoint import STOPS, raise_interrupted
@@ -60,9 +61,6 @@ from amortized.module import AmortizedModule
 
 RUN = "AMORTIZED_RUN_FOLDER"
 """Environment variable by which processes that a run launches find its folder."""
-
-UNTRAINED = "untrained"
-"""``--ckpt_path`` of the network as it is initialised."""
 
 CERTIFIED = (SingleDeviceStrategy, DDPStrategy)
 """Strategies under which every process has the whole model."""
@@ -255,7 +253,7 @@ class AmortizedCLI(CommandLine):
             given = self._resumable(settings, given)
         elif not given:
             given = self._trained(command, settings)
-        elif given == UNTRAINED:
+        elif given == checkpoint.UNTRAINED:
             return
         if given:
             self.resumed = self._find_checkpoint(str(given), self._check_recipe)
@@ -288,7 +286,7 @@ class AmortizedCLI(CommandLine):
                 return str(folder)
         raise UsageError(
             f"{command} needs a trained model: give --ckpt_path a checkpoint, the folder of a run, or last (the last run of "
-            f"{self.recipe}); or --ckpt_path {UNTRAINED} for the network as it is initialised"
+            f"{self.recipe}); or --ckpt_path {checkpoint.UNTRAINED} for the network as it is initialised"
         )
 
     def _check_recipe(self, path: Path, loaded: dict[str, Any]) -> None:
@@ -477,7 +475,7 @@ class AmortizedCLI(CommandLine):
 
     def run_command(self, command: str) -> None:
         settings = self.config_init[command]
-        if settings["ckpt_path"] == UNTRAINED:
+        if settings["ckpt_path"] == checkpoint.UNTRAINED:
             settings["ckpt_path"] = None
         for number in STOPS:
             signal.signal(number, self._interrupt)

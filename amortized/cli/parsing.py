@@ -18,6 +18,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from amortized.cli.errors import UsageError, close
 from amortized.contexts.data_module import ContextDataModule
+from amortized.contexts.solutions import SolutionSet
+from amortized.losses.distances import Distance
 from amortized.losses.objective import Loss
 from amortized.module import AmortizedModule
 from amortized.solvers import Solver
@@ -183,7 +185,7 @@ def _abstract(path: str) -> str:
 
 
 def _bases() -> tuple[type, ...]:
-    return AmortizedModule, ContextDataModule, Solver, Loss, torch.nn.Module
+    return AmortizedModule, ContextDataModule, SolutionSet, Solver, Loss, Distance, torch.nn.Module
 
 
 def _subclasses(cls: type) -> list[type]:

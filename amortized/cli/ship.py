@@ -14,7 +14,7 @@ from amortized.cli.parsing import Parser, full_names
 from amortized.cli.recipes import resolve_recipe
 from amortized.cli.surroundings import say
 from amortized.contract import ProblemError
-from amortized.shipping.load import REFERENCES, find, load
+from amortized.shipping.load import REFERENCES, find, load, untrained
 from amortized.shipping.trained import TrainedSolver
 
 
@@ -28,14 +28,26 @@ def run(args: list[str]) -> None:
         "--ckpt_path",
         type=str | None,
         default=None,
-        help="A checkpoint, a run's folder, or last; by default the recipe's last run, or its reference checkpoint.",
+        help="A checkpoint, a run's folder, or last; by default the recipe's last run, or its reference checkpoint. For solve "
+        "also untrained: every context is solved from the cold start, for solutions to learn from.",
     )
     parser.add_function_arguments(function, skip={"solver", "path"}, as_group=False)
     given = parser.parse_args(words).as_dict()
     recipe, ckpt_path = given.pop("recipe"), given.pop("ckpt_path")
+    if ckpt_path == checkpoint.UNTRAINED:
+        if command != "solve" or recipe is None:
+            raise UsageError(f"--ckpt_path {checkpoint.UNTRAINED} is for solve, with -c RECIPE; got {command}")
+        return solve(_untrained(Path(resolve_recipe(recipe))), None, **given)
     path = checkpoint_of(recipe, ckpt_path)
     say(f"takes {path}")
     function(load(path), path, **given)
+
+
+def _untrained(config: Path) -> TrainedSolver:
+    recipe = full_names(yaml.safe_load(config.read_text(encoding="utf-8")) or {})
+    if missing := [part for part in ("model", "data") if "class_path" not in (recipe.get(part) or {})]:
+        raise UsageError(f"{config} has no {missing[0]}")
+    return untrained(recipe, config.stem)
 
 
 def checkpoint_of(recipe: str | None, given: str | None) -> Path:
@@ -71,47 +83,54 @@ def _last(name: str, reference: bool) -> Path:
 
 def solve(
     solver: TrainedSolver,
-    path: Path,
-    contexts: int,
+    path: Path | None,
     out: str,
+    contexts: int | None = None,
     shard_size: int = 65536,
     shards: str | None = None,
     tol: float = 1e-3,
     batch_size: int = 4096,
     predict: str | None = None,
-    with_contexts: bool = False,
+    split: Literal["train", "test"] | None = None,
+    with_contexts: bool | None = None,
     verify: bool = False,
     device: str | None = None,
 ) -> None:
     """Solve any number of contexts into a folder of shards; start it again, on any number of processes, to go on.
 
     Args:
-        solver: trained.
-        path: of its checkpoint.
-        contexts: How many.
+        solver: trained, or not.
+        path: of its checkpoint, if it has one.
         out: Folder of the shards.
+        contexts: How many; by default all of a finite set.
         shard_size: Contexts in a shard.
         shards: i/n: this is the i-th of n processes, from 0; by default what torchrun or SLURM say.
         tol: What a solution may lack, in the objective's unit.
         batch_size: Contexts that are solved together.
-        predict: A file of contexts; by default they are drawn, or those of the test where the data are a finite set.
-        with_contexts: Write the contexts as well.
+        predict: A file of contexts; by default they are drawn, or those of a split where the data are a finite set.
+        split: Of a finite set; by default test, and train for --ckpt_path untrained.
+        with_contexts: Write the contexts as well, which training on the folder needs; by default for --ckpt_path untrained.
         verify: Check the checksums of shards that are done, and make anew what is damaged.
         device: Of the model, for example cuda:0; by default a GPU if there is one.
     """
-    from amortized.shipping.production import Plan, default_device, produce, share
+    from amortized.shipping.production import Plan, default_device, described, produce, share, size, source
 
     for name, value in (("contexts", contexts), ("shard_size", shard_size), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1; got {value}")
     if not tol > 0:
         raise ProblemError(f"--tol must be positive, in the objective's unit; got {tol}")
     place = device or default_device()
     solver.to(place)
-    digest = checkpoint.sha256(path)
+    digest = checkpoint.sha256(path) if path is not None else checkpoint.UNTRAINED
     if predict is not None:
-        solver.data.predict = predict
+        solver.data.predict, split = predict, "test"
         digest += f" {checkpoint.sha256(Path(predict))}" if Path(predict).is_file() else ""
+    taken = source(solver, split or ("test" if solver.trained else "train"))
+    if contexts is None:
+        if taken == "drawn":
+            raise UsageError(f"how many? {type(solver.data).__name__} draws contexts without end: give --contexts")
+        contexts = size(solver, taken)
     plan = Plan(
         solver.name,
         digest,
@@ -120,8 +139,10 @@ def solve(
         batch_size,
         tol,
         solver.data.seed,
-        with_contexts,
+        not solver.trained if with_contexts is None else with_contexts,
         place.partition(":")[0],
+        taken,
+        described(solver.solver),
     )
     found = produce(solver, Path(out), plan, share(shards), verify)
     paths = ", ".join(f"{count:,} {name}" for name, count in found["paths"].items() if count)

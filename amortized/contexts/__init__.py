@@ -7,5 +7,6 @@ padding; and the only state of the stream is how many batches training has used.
 
 from amortized.contexts.data_module import Batch, ContextDataModule
 from amortized.contexts.files import load_contexts
+from amortized.contexts.solutions import SolutionSet
 
-__all__ = ["Batch", "ContextDataModule", "load_contexts"]
+__all__ = ["Batch", "ContextDataModule", "SolutionSet", "load_contexts"]

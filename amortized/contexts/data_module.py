@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from amortized.contexts.files import load_contexts
+from amortized.contexts.solutions import SolutionSet, SolvedRows
 from amortized.contract import (
     Context,
     ProblemError,
+    Solved,
     check_context,
     check_seed,
     leaves,
@@ -93,6 +95,9 @@ class ContextDataModule(LightningDataModule):
             whose test contexts a test measures too (and a ``validate`` its validation contexts): how the model generalises.
             With the same seed, and as many, they differ from the data's own in their distribution alone. Of their settings
             those that say what the contexts are count.
+        solutions: a folder of solved contexts, or a :class:`~amortized.contexts.SolutionSet`: training is on these in place of
+            those drawn, as they are there (not augmented), and its loss may use their solutions:
+            :class:`~amortized.RegressionLoss`. ``None``: no solution is known.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class ContextDataModule(LightningDataModule):
         num_workers: int = 0,
         predict: str | None = None,
         evaluations: dict[str, ContextDataModule] | None = None,
+        solutions: str | SolutionSet | None = None,
     ) -> None:
         super().__init__()
         for name in ("batch_size", "num_val", "num_test", "eval_batch_size", "batches_per_step"):
@@ -119,6 +125,7 @@ class ContextDataModule(LightningDataModule):
         self.num_rows = {"val": num_val, "test": num_test}
         self.num_workers, self.predict = num_workers, predict
         self.evaluations = evaluations or {}
+        self.solutions = SolutionSet(solutions) if isinstance(solutions, str) else solutions
         if wrong := [name for name in self.evaluations if not name.isidentifier()]:
             raise ValueError(f"data.evaluations: {wrong[0]!r} is no name; a name has letters, digits and _ alone")
         self.position = 0
@@ -169,6 +176,8 @@ class ContextDataModule(LightningDataModule):
             contexts = self._finite[split] = map_leaves(lambda leaf: leaf.to(device), contexts)
         if split == "train":
             a = self._rows(split, contexts, self._shuffled(number, _size(contexts)), device)
+            if isinstance(a, Solved):
+                return a
             augmented = self._ask("augment", a, self._generator(split, number, device))
             return check_context(augmented, f"{type(self).__name__}.augment")
         every = torch.arange(_size(contexts))
@@ -217,6 +226,11 @@ class ContextDataModule(LightningDataModule):
             if " " in split:
                 name, own = split.split()
                 self._finite[split] = self.evaluations[name]._set(own)
+            elif split == "solve":  # training's own contexts, where their solutions are still sought
+                self._finite[split] = self._checked("train")
+            elif split == "train" and self.solutions is not None:
+                like = self._rows("val", self._set("val"), torch.arange(1), "cpu")
+                self._finite[split] = self.solutions.open(self, like)
             elif split != "predict":
                 self._finite[split] = self._checked(split)
             elif self.predict is None:
@@ -252,6 +266,8 @@ class ContextDataModule(LightningDataModule):
         """The rows of a finite set that ``index`` names."""
         if not isinstance(contexts, Dataset):
             return take(contexts, index.to(device))
+        if isinstance(contexts, SolvedRows):
+            return map_leaves(lambda leaf: leaf.to(device), contexts.take(index))
         kind = f"{type(self).__name__}.contexts({split!r}), a {type(contexts).__name__}"
         try:
             a = default_collate([contexts[i] for i in index.tolist() or [0]])
@@ -302,6 +318,8 @@ class ContextDataModule(LightningDataModule):
     # ---- Lightning
 
     def prepare_data(self) -> None:
+        if self.solutions is not None and self.trainer is not None and self.trainer.state.fn == "fit":
+            self.solutions.prepare(self)
         for data in self.evaluations.values():
             data.prepare_data()
 

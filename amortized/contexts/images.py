@@ -88,11 +88,11 @@ class Images(ContextDataModule):
 
     def prepare_data(self) -> None:
         """Downloads what is missing and can be had."""
-        super().prepare_data()
         if self.dataset in SOURCES and self.root is None:
             for file in self.files:
                 if find(self.dataset, file) is None:
                     download(self.dataset, file)
+        super().prepare_data()  # last: it may solve them
 
     def contexts(self, split: str) -> Tensor:
         grey = handwritten_digits(split)[0] if self.dataset == "digits" else self._from_files(split)

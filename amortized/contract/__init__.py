@@ -37,6 +37,7 @@ from amortized.contract.problem import (
     value_and_grad,
 )
 from amortized.contract.rows import Context, concatenate, leaves, map_leaves, num_rows, row_hashes, rows_where, take
+from amortized.contract.solved import Solved, check_solved, context_of
 from amortized.contract.streams import check_seed, stream_seed
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "Projectable",
     "Quadratic",
     "QuadraticProgram",
+    "Solved",
     "best_of",
     "better",
     "bounded",
@@ -64,10 +66,12 @@ __all__ = [
     "check_context",
     "check_objective",
     "check_seed",
+    "check_solved",
     "check_support",
     "concatenate",
     "constrained",
     "differentiable",
+    "context_of",
     "draws",
     "evaluate",
     "feasibility_tol",

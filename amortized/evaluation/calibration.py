@@ -18,7 +18,17 @@ from amortized.certificates import Certificate, Duality
 from amortized.certificates.conformal import ASSUMPTION, Conformal, calibrate, squared_gradient
 from amortized.certificates.likeness import Likeness, features, fit_likeness
 from amortized.contexts.data_module import ContextDataModule, in_precision
-from amortized.contract import Context, concatenate, draws, evaluate, feasible_value, num_rows, stream_seed, take
+from amortized.contract import (
+    Context,
+    concatenate,
+    context_of,
+    draws,
+    evaluate,
+    feasible_value,
+    num_rows,
+    stream_seed,
+    take,
+)
 from amortized.evaluation.float64 import at_least_float32, in_float64
 from amortized.evaluation.gap import longer
 from amortized.module import AmortizedModule
@@ -98,7 +108,7 @@ def calibrate_model(
 def _calibrate(
     module: AmortizedModule, data: ContextDataModule, solver: Solver, alpha: float, contexts: int
 ) -> Calibration:
-    train = _some(data, "train", 4 * contexts, module)
+    train = context_of(_some(data, "train", 4 * contexts, module))
     rows = [_gaps(module, a, solver, number) for number, a in enumerate(_batches(data, "val", contexts, module))]
     found = _Gaps(*map(torch.cat, zip(*rows, strict=True)))
     # The unit is fixed on contexts of its own: those that the bound is calibrated on must not have chosen it.

@@ -4,25 +4,34 @@ The names are those of Amos, *Tutorial on amortized optimization* (2023), sectio
 ``__call__``; the module does not change.
 """
 
+from amortized.losses.distances import KL, Angle, Chamfer, Distance, Euclidean, Matching
 from amortized.losses.fixed_point import FixedPointLoss
 from amortized.losses.hard_contexts import HardContexts
 from amortized.losses.objective import IterateLoss, LogObjectiveLoss, Loss, ObjectiveLoss
 from amortized.losses.penalty import PenaltyLoss
 from amortized.losses.primal_dual import KKTLoss, PrimalDualLoss
 from amortized.losses.regression import RegressionLoss
+from amortized.losses.sum import SumLoss
 from amortized.losses.zeroth_order import ScoreFunctionLoss, ZerothOrderLoss
 
 __all__ = [
+    "KL",
+    "Angle",
+    "Chamfer",
+    "Distance",
+    "Euclidean",
     "FixedPointLoss",
     "HardContexts",
     "IterateLoss",
     "KKTLoss",
     "LogObjectiveLoss",
     "Loss",
+    "Matching",
     "ObjectiveLoss",
     "PenaltyLoss",
     "PrimalDualLoss",
     "RegressionLoss",
     "ScoreFunctionLoss",
     "ZerothOrderLoss",
+    "SumLoss",
 ]

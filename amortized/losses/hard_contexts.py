@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amortized.contract import Context, Predictor, ProblemError, leaves, num_rows, take
+from amortized.contract import Context, Predictor, ProblemError, Solved, context_of, leaves, num_rows, take
 from amortized.losses.objective import Loss, ObjectiveLoss
 
 FEATURES, MEMORY, RIDGE = 64, 0.98, 1e-3
@@ -89,10 +89,16 @@ class HardContexts(Loss, nn.Module):
 
     def __call__(self, model: Predictor, a: Context) -> Tensor:
         """The weighted losses of the rows drawn, ``(N / pool,)``; their backward pass teaches the scores."""
+        return self._on_drawn(model, a, self.loss)
+
+    def on_solved(self, model: Predictor, a: Solved) -> Tensor:
+        return self._on_drawn(model, a, self.loss.on_solved)
+
+    def _on_drawn(self, model: Predictor, a: Context, loss: Callable[[Any, Context], Tensor]) -> Tensor:
         N = num_rows(a)
         if self.pool > N:
             raise ProblemError(f"HardContexts draws one row of every {self.pool}: a batch of {N} contexts is too small")
-        features = self.features(a)
+        features = self.features(context_of(a))
         p = self.probabilities(self.scores(features))
         index = self.drawn(p, N // self.pool)
         weight, features = 1 / (N * p[index]), features[index]
@@ -100,7 +106,7 @@ class HardContexts(Loss, nn.Module):
         def learn(grad: Tensor) -> None:
             self.learn(features, torch.linalg.vector_norm(grad.flatten(1).float(), dim=1) / weight)
 
-        return weight * self.loss(_Watched(model, learn), take(a, index))
+        return weight * loss(_Watched(model, learn), take(a, index))
 
     @torch.no_grad()
     def features(self, a: Context) -> Tensor:

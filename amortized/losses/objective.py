@@ -7,7 +7,7 @@ import abc
 import torch
 from torch import Tensor
 
-from amortized.contract import Context, Predictor
+from amortized.contract import Context, Predictor, Solved
 
 
 class Loss(abc.ABC):
@@ -19,6 +19,10 @@ class Loss(abc.ABC):
     @abc.abstractmethod
     def __call__(self, model: Predictor, a: Context) -> Tensor:
         """``(B,)``, to be averaged over the batch."""
+
+    def on_solved(self, model: Predictor, a: Solved) -> Tensor:
+        """The signal on contexts whose solutions are known, ``(B,)``; a loss that does not learn from those overrides nothing."""
+        return self(model, a.context)
 
 
 class ObjectiveLoss(Loss):

@@ -1,160 +1,123 @@
-"""Regression to solutions, which are given in the data or made by a solver."""
+"""Regression to solutions: those of a solution set, those that are a field of the context, or a solver's."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import warnings
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from amortized.contract import Context, Predictor, ProblemError, evaluate, feasibility_tol, leaves, row_hashes, take
+from amortized.contract import Context, Predictor, ProblemError, Solved, feasibility_tol
+from amortized.losses.distances import Distance, Euclidean
 from amortized.losses.objective import Loss
 from amortized.solvers.base import Solver
 
 
+class Targets(NamedTuple):
+    """What predictions should be."""
+
+    b: Tensor
+    """Solutions ``(B, *)``, or k of each context ``(B, k, *)``."""
+    weight: Tensor | None = None
+    """``(B,)``; ``None``: 1."""
+
+
 class RegressionLoss(Loss):
-    r"""``||f(a) - b*(a)||^2 / dim(b)``: squared distance to a solution, given in the data or made by a solver.
+    r"""``w d(f(a), b*(a))``: the distance of the prediction to a known solution.
 
-    With a solver the solutions of contexts seen before come from memory, and from ``cache`` on disk when it is given:
-    each context is solved once, in this run or in any later one. So this is for finite sets of contexts, and for
-    objectives without trained parameters; a cache of another objective is noticed by its values and refused.
+    Solutions come from one of three places, the first by default:
 
-    Only what the solver solved is a target: a context on which it did not converge, or found nothing feasible, has loss 0 and
-    is not learned from; a warning says of how many. It is not solved again.
+    * the data's ``solutions``, a folder of solved contexts (``amortized solve``): each was solved once, before;
+    * a ``field`` of the context, where the data have them;
+    * a ``solver``, from ``model.initial(a)``, in every training step: for contexts drawn without end, where none comes twice
+      and a set would be read once. Nothing is kept.
+
+    Where there are several solutions of a context, ``(B, k, *)``, the nearest one counts; NaN stands for those that are not
+    there. With one of several as its target, and no rule that says which, regression learns their mean, which solves nothing.
+
+    What the solver did not solve is no target: such a row has the weight ``unsolved``, 0 unless it is set.
 
     Args:
-        field: name of the field of the context that holds the solution, shape ``(B, *)``.
-        solver: makes the solutions, from ``model.initial(a)``.
-        cache: directory of solutions, made if it is not there.
+        field: name of the field of the context that holds the solution.
+        solver: makes the solutions.
+        distance: d; ``None`` is :class:`~amortized.losses.distances.Euclidean`, the mean squared difference.
+        unsolved: weight of a row whose solver did not converge, or found nothing feasible, in [0, 1]: its target is the best
+            that was found.
 
     Raises:
-        ProblemError: if the context has no such field, the cache belongs to another objective, or the solver converged on
-            none of the first contexts that it was given.
+        ProblemError: if there are no solutions, or they have another shape than predictions.
     """
 
     uses_gradient = False
 
-    def __init__(self, field: str | None = None, solver: Solver | None = None, cache: str | None = None) -> None:
-        if (field is None) == (solver is None):
-            raise ValueError("RegressionLoss needs either the context's `field` with the solutions, or a `solver`")
-        self.field, self.solver = field, solver
-        self.cache = _SolutionCache(cache)
+    def __init__(
+        self,
+        field: str | None = None,
+        solver: Solver | None = None,
+        distance: Distance | None = None,
+        unsolved: float = 0.0,
+        cache: None = None,
+    ) -> None:
+        if cache is not None:
+            raise ValueError(
+                "RegressionLoss keeps no cache: solve contexts once by `amortized solve -c RECIPE --ckpt_path untrained "
+                f"--contexts N --out {cache}` and train on them by --data.solutions {cache}, with neither solver nor cache here"
+            )
+        if field is not None and solver is not None:
+            raise ValueError("RegressionLoss takes the solutions of a `field` or of a `solver`, not both")
+        if not 0 <= unsolved <= 1:
+            raise ValueError(f"RegressionLoss: unsolved is a weight in [0, 1]; got {unsolved}")
+        self.field, self.solver, self.unsolved = field, solver, unsolved
+        self.distance = distance if distance is not None else Euclidean()
+        self._learns = False
 
     def __call__(self, model: Predictor, a: Context) -> Tensor:
-        b = model.iterates(a)[-1]
-        target, known = self._target(model, a)
-        if target.shape != b.shape:
-            raise ProblemError(f"solutions have shape {tuple(target.shape)}, the network predicts {tuple(b.shape)}")
-        off = (b - target).square().flatten(1).mean(1)
-        return off if known is None else torch.where(known, off, 0)
-
-    def _target(self, model: Predictor, a: Context) -> tuple[Tensor, Tensor | None]:
-        """The solutions ``(B, *)``, and where they are solutions ``(B,)``; ``None``: everywhere."""
         if self.field is not None:
-            target = getattr(a, self.field, None)
-            if target is None:
-                fields = getattr(a, "_fields", ("a plain tensor",))
-                raise ProblemError(
-                    f"RegressionLoss: the context has no field {self.field!r}; it has {', '.join(fields)}"
-                )
-            return target, None
-        assert self.solver is not None
-        return self.cache.solutions(model, a, self.solver)
-
-
-class _SolutionCache:
-    """Solutions by a 64-bit hash of each context row, sorted: looked up for a whole batch by binary search."""
-
-    def __init__(self, directory: str | None) -> None:
-        self.directory = Path(directory) if directory else None
-        self.keys = torch.empty(0, dtype=torch.int64)
-        self.b: Tensor | None = None
-        self.value = torch.empty(0)
-        self.solved = torch.empty(0, dtype=torch.bool)
-        self.unchecked = False
-        self.warned = False
-        for part in sorted(self.directory.glob("*.pt")) if self.directory else ():
-            self._add(**torch.load(part, weights_only=True))
-            self.unchecked = True
-
-    def solutions(self, model: Predictor, a: Context, solver: Solver) -> tuple[Tensor, Tensor]:
-        """Solutions ``(B, *)``, and whether they are: 0 stands where the solver found none ``(B,)``."""
-        device = leaves(a)[0].device
-        keys = row_hashes(a)
-        found, at = self._find(keys)
-        check = found & self.solved[at] if len(self.solved) else found
-        if self.unchecked and check.any():
-            self._check(model, take(a, check.nonzero()[:, 0].to(device)), at[check])
-        if not found.all():
-            missing, first = _first_of_each(keys[~found])
-            part = take(a, (~found).nonzero()[first, 0].to(device))
-            solution = solver.solve(model, part, model.initial(part))
-            solved = (solution.converged & (solution.violation <= feasibility_tol(model))).cpu()
-            if not solved.all():
-                self._tell(solved, solver)
-            b = torch.where(solved.view(-1, *[1] * (solution.b.ndim - 1)), solution.b.cpu(), 0)
-            self._save({"keys": missing, "b": b, "value": solution.value.cpu(), "solved": solved})
-            _, at = self._find(keys)
-        assert self.b is not None
-        return self.b[at].to(device), self.solved[at].to(device)
-
-    def _tell(self, solved: Tensor, solver: Solver) -> None:
-        """Say once that some contexts are left out; what is learned from none is a mistake."""
-        name = type(solver).__name__
-        mend = "give it more steps or a larger tol, or drop contexts that have no solution"
-        if not len(self.keys) and not solved.any():
+            return self._off(model, a, Targets(self._held(a, self.field)))
+        if self.solver is None:
             raise ProblemError(
-                f"RegressionLoss: {name} converged on none of {len(solved)} contexts, so there is no target: {mend}"
+                "RegressionLoss has no solutions to learn from: name the folder of a set by --data.solutions (`amortized solve "
+                "-c RECIPE --ckpt_path untrained --contexts N --out FOLDER` makes one), the context's `field`, or a `solver`"
             )
-        if not self.warned:
-            self.warned = True
-            left = int((~solved).sum())
-            warnings.warn(
-                f"RegressionLoss leaves out {left} of {len(solved)} contexts, on which {name} did not converge or found nothing "
-                f"feasible, and others like them: {mend}",
-                stacklevel=2,
-            )
-
-    def _find(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        if not len(self.keys):
-            return torch.zeros(len(keys), dtype=torch.bool), torch.zeros(len(keys), dtype=torch.int64)
-        at = torch.searchsorted(self.keys, keys).clamp_max(len(self.keys) - 1)
-        return self.keys[at] == keys, at
-
-    def _add(self, keys: Tensor, b: Tensor, value: Tensor, solved: Tensor | None = None) -> None:
-        solved = torch.ones_like(keys, dtype=torch.bool) if solved is None else solved  # of an older cache
-        self.keys, order = torch.cat([self.keys, keys]).sort()
-        self.b = (b if self.b is None else torch.cat([self.b, b]))[order]
-        self.value = torch.cat([self.value.to(value.dtype), value])[order]
-        self.solved = torch.cat([self.solved, solved])[order]
-
-    def _save(self, part: dict[str, Tensor]) -> None:
-        self._add(**part)
-        if self.directory:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            name = hashlib.sha256(part["keys"].numpy().tobytes()).hexdigest()[:16]
-            unfinished = self.directory / f"{name}.tmp{os.getpid()}"
-            torch.save(part, unfinished)
-            unfinished.replace(self.directory / f"{name}.pt")
-
-    def _check(self, model: Predictor, a: Context, at: Tensor) -> None:
-        """The first solutions taken from disk must still have the objective value they were stored with."""
-        assert self.b is not None
-        device = leaves(a)[0].device
-        then, now = self.value[at], evaluate(model, self.b[at].to(device), a).cpu()
-        if not torch.allclose(then, now, rtol=1e-3, atol=1e-5):
+        found = self.solver.solve(model, a, model.initial(a))
+        solved = found.converged & (found.violation <= feasibility_tol(model))
+        self._learns = self._learns or bool(solved.any())
+        if not self._learns:
             raise ProblemError(
-                f"the solutions cached in {self.directory} are of another objective (a value there is {float(then[0]):.6g}, "
-                f"now {float(now[0]):.6g}): delete that directory or name another with the loss's `cache`"
+                f"RegressionLoss: {type(self.solver).__name__} converged on none of {len(solved)} contexts, so there is no "
+                "target: give it more steps or a larger tol"
             )
-        self.unchecked = False
+        return self._off(model, a, self._weighted(found.b, solved & found.value.isfinite(), found.value))
 
+    def on_solved(self, model: Predictor, a: Solved) -> Tensor:
+        if self.field is not None or self.solver is not None:
+            return self(model, a.context)
+        return self._off(model, a.context, self._weighted(a.b, a.solved, a.objective))
 
-def _first_of_each(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct keys, sorted, and where each stands first."""
-    distinct, inverse = keys.unique(return_inverse=True)
-    first = torch.full((len(distinct),), len(keys)).scatter_reduce(0, inverse, torch.arange(len(keys)), "amin")
-    return distinct, first
+    def _weighted(self, b: Tensor, solved: Tensor, value: Tensor) -> Targets:
+        """A target that is not finite has weight 0, and must not reach a gradient."""
+        weight = torch.where(solved, 1.0, torch.where(value.isfinite(), self.unsolved, 0.0)).to(value.dtype)
+        return Targets(torch.where((weight > 0).view(-1, *[1] * (b.ndim - 1)), b, 0), weight)
+
+    def _held(self, a: Context, field: str) -> Tensor:
+        target: Tensor | None = getattr(a, field, None)
+        if target is None:
+            fields = getattr(a, "_fields", ("a plain tensor",))
+            raise ProblemError(f"RegressionLoss: the context has no field {field!r}; it has {', '.join(fields)}")
+        return target
+
+    def _off(self, model: Predictor, a: Context, target: Targets) -> Tensor:
+        b, b_star = model.iterates(a)[-1], target.b
+        several = b_star.ndim == b.ndim + 1
+        if b_star.shape[:1] + b_star.shape[1 + several :] != b.shape:
+            raise ProblemError(f"solutions have shape {tuple(b_star.shape)}, the network predicts {tuple(b.shape)}")
+        off = self._nearest(b, b_star) if several else self.distance(b, b_star)
+        return off if target.weight is None else target.weight * off
+
+    def _nearest(self, b: Tensor, b_star: Tensor) -> Tensor:
+        """The distance to the nearest of k solutions ``(B, k, *)``."""
+        B, k = b_star.shape[:2]
+        there = b_star.isfinite().flatten(2).all(2)
+        each = b.unsqueeze(1).expand_as(b_star).flatten(0, 1)
+        known = torch.where(there.view(B, k, *[1] * (b.ndim - 1)), b_star, 0).flatten(0, 1)
+        return torch.where(there, self.distance(each, known).view(B, k), torch.inf).amin(1)

@@ -2,6 +2,15 @@
 
 from amortized.contexts.images import Images
 from amortized.problems.classification import Accuracy, Classification, LabelledDigits, LabelledImages
+from amortized.problems.coding import (
+    ALISTA,
+    LISTA,
+    CosineDictionary,
+    GaussianDictionary,
+    Patches,
+    SparseCoding,
+    SparseSignals,
+)
 from amortized.problems.constrained import (
     ConvexDC3,
     DC3Contexts,
@@ -24,6 +33,7 @@ from amortized.problems.control import (
     SwingUp,
     SystemStates,
 )
+from amortized.problems.equilibrium import Equilibrium, EquilibriumState
 from amortized.problems.inference.linear_gaussian import LinearGaussian, LinearGaussianContexts
 from amortized.problems.inference.vae import VAE, GeneratedImages
 from amortized.problems.inventory import BlackBoxInventory, Inventory, InventoryContexts
@@ -67,6 +77,15 @@ __all__ = [
     "BlackBoxInventory",
     "Inventory",
     "InventoryContexts",
+    "SparseSignals",
+    "SparseCoding",
+    "Patches",
+    "LISTA",
+    "GaussianDictionary",
+    "CosineDictionary",
+    "ALISTA",
+    "EquilibriumState",
+    "Equilibrium",
     "SystemStates",
     "SwingUp",
     "SpeedLimit",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -52,6 +53,26 @@ def load(source: str | Path, device: str = "cpu") -> TrainedSolver:
     precision = (recipe.get("trainer") or {}).get("precision")
     solver = _solver(path, loaded, module)
     return TrainedSolver(module, data, solver, calibration, _name(path), precision).to(device)
+
+
+def untrained(recipe: dict[str, Any], name: str) -> TrainedSolver:
+    """A recipe's problem, data and gap's solver, before any training: every context is solved from the cold start.
+
+    Args:
+        recipe: its settings, with full names of classes.
+        name: of the recipe.
+
+    Raises:
+        MismatchError: if it cannot be built.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.get("seed_everything") or 0)
+        module = rebuild(recipe["model"], AmortizedModule, f"{name}, its model")  # type: ignore[type-abstract]
+    data = rebuild(recipe["data"], ContextDataModule, f"{name}, its data")
+    held = (recipe.get("gap") or {}).get("solver")
+    solver = solver_for(module) if held is None else rebuild(held, Solver, f"{name}, the gap's solver")  # type: ignore[type-abstract]
+    precision = (recipe.get("trainer") or {}).get("precision")
+    return TrainedSolver(module, data, solver, None, name, precision, trained=False)
 
 
 def find(source: str | Path) -> Path:

@@ -10,13 +10,14 @@ processes make at once is the same bytes from both.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import socket
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from amortized.contract import Context, ProblemError, concatenate, num_rows, tak
 from amortized.shipping import answer
 from amortized.shipping.answer import Rows
 from amortized.shipping.trained import TrainedSolver
+from amortized.solvers import Solver
 
 
 class Plan(NamedTuple):
@@ -47,6 +49,10 @@ class Plan(NamedTuple):
     with_contexts: bool
     """Whether shards have the contexts too: ``a``, or ``a.FIELD`` of each field."""
     device: str
+    source: str
+    """Where contexts come from: ``drawn``, the ``train`` or ``test`` rows of a finite set, or a ``file``."""
+    solver: str
+    """The gap's, with its settings."""
 
     @property
     def shards(self) -> int:
@@ -98,17 +104,17 @@ def produce(
         ProblemError: if the folder is of another plan, or the data have fewer contexts.
     """
     _agree(folder, plan)
-    sampled = solver.data.predict is None and type(solver.data).sample is not ContextDataModule.sample
-    if not sampled and plan.contexts > (n := _size(solver)):
+    if plan.source != "drawn" and plan.contexts > (n := size(solver, plan.source)):
         raise ProblemError(f"{type(solver.data).__name__} has {n} contexts; asked for {plan.contexts}")
     mine = range(part[0], plan.shards, part[1])
     todo = [shard for shard in mine if not _done(folder, shard, verify)]
-    solver.calibration  # noqa: B018  (made now, if the checkpoint holds none: its time is not that of the contexts)
+    if solver.trained:
+        solver.calibration  # noqa: B018  (made now, if the checkpoint holds none: its time is not that of the contexts)
     total, left = (sum(map(plan.rows, shards)) for shards in (mine, todo))
     with tqdm(total=total, initial=total - left, unit=" contexts", unit_scale=True, smoothing=0.1) as progress:
         for shard in todo:
             if not _done(folder, shard, False):  # another process may have made it in the meantime
-                _write(folder, shard, _columns(solver, plan, shard, sampled, progress))
+                _write(folder, shard, _columns(solver, plan, shard, progress))
     return summary(folder, plan)
 
 
@@ -121,22 +127,21 @@ def _agree(folder: Path, plan: Plan) -> None:
         )
     held = json.loads(path.read_text(encoding="utf-8"))
     for name, value in plan._asdict().items():
-        if held.get(name) != value:
+        if held.get(name, value) != value:  # an older folder does not say all
             raise ProblemError(
                 f"{folder} has shards of another plan: their {name} is {held.get(name)}, given {value}; name another --out"
             )
 
 
-def _columns(
-    solver: TrainedSolver, plan: Plan, shard: int, sampled: bool, progress: tqdm[Any]
-) -> dict[str, np.ndarray]:
+def _columns(solver: TrainedSolver, plan: Plan, shard: int, progress: tqdm[Any]) -> dict[str, np.ndarray]:
     """What a shard holds."""
     rows: list[Rows] = []
     kept: list[Context] = []
     per_shard = -(-plan.shard_size // plan.batch_size)
     for part, (first, n) in enumerate(_parts(plan, shard)):
         number = shard * per_shard + part
-        a = solver.data.produce(number, n, solver.module.device) if sampled else _rows(solver, first, n)
+        drawn = plan.source == "drawn"
+        a = solver.data.produce(number, n, solver.module.device) if drawn else _rows(solver, plan.source, first, n)
         found = solver.rows(a, plan.tol, number)
         rows.append(Rows(*(column.cpu() for column in found)))
         kept += [a] if plan.with_contexts else []
@@ -156,16 +161,41 @@ def _parts(plan: Plan, shard: int) -> Iterator[tuple[int, int]]:
         yield start + at, min(plan.batch_size, plan.rows(shard) - at)
 
 
-def _size(solver: TrainedSolver) -> int:
+def described(solver: Solver) -> str:
+    """A solver with its settings, as one would write it."""
+    names = [name for name in inspect.signature(type(solver)).parameters if hasattr(solver, name)]
+    parts = {name: getattr(solver, name) for name in names}
+    shown = [f"{name}={described(part) if isinstance(part, Solver) else part!r}" for name, part in parts.items()]
+    return f"{type(solver).__name__}({', '.join(shown)})"
+
+
+def source(solver: TrainedSolver, split: Literal["train", "test"]) -> str:
+    """Where the contexts come from that are solved: ``drawn``, or of a finite set its ``split``, or a ``file`` for its test."""
     solver._set_up()
-    return sum(num_rows(solver.data.batch("predict", k)) for k in range(solver.data.num_batches("predict")))
+    data = solver.data
+    if split == "train":
+        return "drawn" if data._set("solve") is None else "train"
+    if data.predict is not None:
+        return "file"
+    return "test" if type(data).sample is ContextDataModule.sample else "drawn"
 
 
-def _rows(solver: TrainedSolver, first: int, n: int) -> Context:
+SPLITS = {"train": "solve", "test": "predict", "file": "predict"}
+"""Of the data, by a plan's source."""
+
+
+def size(solver: TrainedSolver, source: str) -> int:
+    """How many contexts a finite set has."""
+    solver._set_up()
+    batches = range(solver.data.num_batches(SPLITS[source]))
+    return sum(num_rows(solver.data.batch(SPLITS[source], k)) for k in batches)
+
+
+def _rows(solver: TrainedSolver, source: str, first: int, n: int) -> Context:
     """Rows of a finite set: of its batches that have them."""
-    size = solver.data.eval_batch_size
-    batches = [solver.data.batch("predict", k) for k in range(first // size, -(-(first + n) // size))]
-    return take(concatenate(batches), slice(first % size, first % size + n))
+    each = solver.data.eval_batch_size
+    batches = [solver.data.batch(SPLITS[source], k) for k in range(first // each, -(-(first + n) // each))]
+    return take(concatenate(batches), slice(first % each, first % each + n))
 
 
 def _names(folder: Path, shard: int) -> tuple[Path, Path]:

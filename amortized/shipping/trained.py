@@ -46,6 +46,7 @@ class TrainedSolver:
         calibration: of its answers; ``None``: made at the first need, which solves validation contexts.
         name: for messages and ``/info``.
         precision: of the trainer.
+        trained: whether the network is; if not, every context is solved from the cold start.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class TrainedSolver:
         calibration: Calibration | None = None,
         name: str = "",
         precision: str | None = None,
+        trained: bool = True,
     ) -> None:
+        self.trained = trained
         self.dtype = DTYPES.get(precision or "")
         self.module = module.eval() if self.dtype is None else module.eval().to(self.dtype)
         self.data, self.solver, self.name, self.precision = data, solver.eval(), name, precision
@@ -148,7 +151,20 @@ class TrainedSolver:
         a = self._placed(a)
         with self._at_work(number):
             check_support(self.module, a)
-            return self._rows(a, tol, number, by_network)
+            return self._rows(a, tol, number, by_network) if self.trained else self._cold(a, tol, number)
+
+    def _cold(self, a: Context, tol: float, number: int) -> Rows:
+        """By the solver alone, from the cold start: solved is what converged, or is proved to lack at most ``tol``."""
+        given = rows_where(lambda leaf: ~leaf.isnan(), a)
+        near = take(a, given)
+        start = self.module.initial(near)
+        found = self._solved(near, start, number)
+        bound = torch.full_like(found.value, torch.nan)
+        if self.proof is not None:
+            bound = _limited(self.proof.bound(self.module, found.b, near), found.value)
+        out, good = _nothing(start, torch.zeros_like(given)), found.converged | (bound <= tol)
+        self._put(out, given.nonzero()[:, 0], *_parts(found, bound), Path.SOLVER, good, found.evaluations)
+        return out
 
     def _rows(self, a: Context, tol: float, number: int, by_network: bool) -> Rows:
         calibration, module = self.calibration, self.module

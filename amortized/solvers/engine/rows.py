@@ -192,6 +192,8 @@ class RowSolver(Solver):
 
     def _solve_in_place(self, problem: Problem, a: Context, b: Tensor, trace: Trace | None) -> Solution:
         rows, rounds = self.begin(problem, a, b), 0
+        if trace is not None and not bool((rows.status == Status.RUNNING).any()):  # ended before the first round
+            trace(int(rows.evaluations.max()), self.layout.shaped(rows.b, b.shape), rows.value)
         while rounds % self.between(rows) or bool((rows.status == Status.RUNNING).any()):
             rows, rounds = self.advance(problem, a, rows, b.shape), rounds + 1
             if trace is not None:

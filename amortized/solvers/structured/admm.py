@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amortized.contract import Context, QuadraticProgram, take
+from amortized.contract import Context, QuadraticProgram, map_leaves, take
 from amortized.solvers.base import Optimality, Solution, Status, Trace, tolerance
 from amortized.solvers.engine.rows import Rows, RowSolver, put, times
-from amortized.solvers.structured.active_set import exchange, schur, sides
+from amortized.solvers.structured.active_set import exchange, schur, search, sides
 from amortized.solvers.structured.kkt import of_program
 
 RELAXATION = 1.6
@@ -20,6 +20,8 @@ PROXIMAL = 1e-6
 """σ, as in OSQP, relative to the size of the objective."""
 EXCHANGES = 3
 """Active sets that a polish tries."""
+SEARCHES = 10
+"""Active sets that are looked through before the first iteration."""
 BEYOND = 1e3
 """How much farther than the iterate no feasible point may lie before a row counts as infeasible."""
 
@@ -133,7 +135,8 @@ class ADMM(RowSolver):
         check: iterations between checks of the residuals, when ρ adapts too.
         tol: residual at which a row is finished; None chooses by dtype.
         rtol: relative tolerance beside it: ``rtol = tol`` is OSQP's test.
-        polish: end rows with the exact solution where the active set can be proven.
+        polish: end rows with the exact solution where the active set can be proven; it is looked for before the first
+            iteration too, and where that finds it there are none.
         chunk: rows at work at a time; None for all.
 
     Raises:
@@ -199,12 +202,14 @@ class ADMM(RowSolver):
         x, y, rho = b[:, :n] / m.columns, b[:, n:] / m.rows, self.rho * a.size
         ax, px, aty = times(m.a, x), times(m.p, x), times(m.a.mT, y)
         z = torch.clamp(ax, a.lower, a.upper)
-        factor = problem.factor or problem.factored(m, rho)
-        v = problem.coordinates(m, factor, rho, x, ax, px)
         none = torch.zeros_like(rho, dtype=torch.int32)
-        state = ADMMState(v, z, y, rho, none, factor if problem.own else Nothing(), x, ax, px, aty)
+        state = ADMMState(torch.zeros_like(x), z, y, rho, none, Nothing(), x, ax, px, aty)
+        if self.polish and self.steps:
+            state = self._polished(problem, m, a, state, none == 0, searches=SEARCHES)
         residual = self._measured(m, a, state, problem.dtype)[0]
-        rows = self.enter(b, problem.value(x * m.columns, a), residual, state, merit=residual)
+        b = torch.cat([state.x * m.columns, state.y * m.rows], 1)
+        rows = self.enter(b, problem.value(b[:, :n], a), residual, state, merit=residual)
+        rows = rows._replace(state=problem.started(m, state, rows.status == int(Status.RUNNING)))
         contradictory = (a.lower > a.upper).any(1)
         return rows._replace(status=torch.where(contradictory, int(Status.INFEASIBLE), rows.status).to(torch.int32))
 
@@ -246,14 +251,18 @@ class ADMM(RowSolver):
         impossible &= (rows.status == int(Status.RUNNING)) & (after.status != int(Status.CONVERGED))
         return after._replace(status=torch.where(impossible, int(Status.INFEASIBLE), after.status).to(torch.int32))
 
-    def _polished(self, problem: _Programs, m: Matrices, a: Program, now: ADMMState, tried: Tensor) -> ADMMState:
+    def _polished(
+        self, problem: _Programs, m: Matrices, a: Program, now: ADMMState, tried: Tensor, searches: int = 0
+    ) -> ADMMState:
         """The state, in rows that are tried and whose active set is proven at their exact solutions."""
         place = tried.nonzero()[:, 0]
         if not len(place):
             return now
         q, lower, upper, ax, y = (leaf[place] for leaf in (a.q, a.lower, a.upper, now.ax, now.y))
-        s: Any = take(a.schur, place) if problem.own else problem.schur
-        up, low = sides(s, lower, upper, ax, y)
+        s: Any = problem.schur
+        if problem.own:
+            s = a.schur if len(place) == len(tried) else take(a.schur, place)
+        up, low = search(s, q, lower, upper, *sides(s, lower, upper, ax, y), searches)
         found = exchange(s, q, lower, upper, up, low, steps=EXCHANGES)
         place = place[found.exact]
         if not len(place):
@@ -326,6 +335,17 @@ class _Programs:
         if self.own:
             image = image + times(m.a.mT, m.weight * rho.unsqueeze(1) * ax)
         return times(factor.k.mT, image)
+
+    def started(self, m: Matrices, state: ADMMState, running: Tensor) -> ADMMState:
+        """The state with the coordinates of its iterate, and where matrices are each row's own a factor of those that run."""
+        if self.factor is not None:
+            return state._replace(v=self.coordinates(m, self.factor, state.rho, state.x, state.ax, state.px))
+        place = running.nonzero()[:, 0]
+        m, some = take(m, place), take(state, place)
+        factor = self.factored(m, some.rho)
+        v = self.coordinates(m, factor, some.rho, some.x, some.ax, some.px)
+        whole = map_leaves(lambda leaf: leaf.new_zeros(len(running), *leaf.shape[1:]), factor)
+        return state._replace(v=state.v.index_copy(0, place, v), factor=put(whole, place, factor))
 
     def with_penalty(self, m: Matrices, state: ADMMState, rho: Tensor, changed: Tensor) -> ADMMState:
         """The state with another ρ, and where matrices are each row's own with factors that fit it."""
