@@ -12,6 +12,7 @@ that is not finite is made to have a gradient that is not.
 On a CPU every gradient is looked at before its update. On a GPU each look would make the host wait, so ``stop`` looks
 every ``log_every_n_steps`` steps and before each checkpoint; until then the device itself puts zeros in place of such a
 gradient, so that parameters stay finite, moved by the optimizer's momentum and decay alone. ``skip`` looks at every step.
+Compiled updates (:mod:`amortized.update`) do the same, and are looked at after each training step on a CPU.
 """
 
 from __future__ import annotations
@@ -63,12 +64,18 @@ class FiniteUpdates:
         if self.action == "skip":
             loss = self._without_bad_rows(module, a, number)
         else:
-            signal = module.signal(a)
+            signal = module.amortized_step(a)
             loss = signal.mean()
             self._steps.append(Step(number, None if self._later(module) else a, signal.detach()))
             if self._later(module):
                 return loss * (1 + 0 * loss.detach())
         return loss if math.isfinite(loss.item()) else loss * torch.nan
+
+    def made(self, module: AmortizedModule, a: Context, number: int, signal: Tensor, finite: Tensor) -> Tensor:
+        """Keep what a compiled update says of itself until :meth:`look`; its mean loss."""
+        self._steps.append(Step(number, a if module.device.type == "cpu" else None, signal))
+        self._finite.append(finite)
+        return signal.mean()
 
     def before_update(self, module: AmortizedModule, optimizer: torch.optim.Optimizer) -> None:
         """Look at the gradient that the optimizer is about to step with.
@@ -132,7 +139,7 @@ class FiniteUpdates:
 
     def _without_bad_rows(self, module: AmortizedModule, a: Context, number: int) -> Tensor:
         before = [buffer.clone() for buffer in module.buffers()]
-        signal = module.signal(a)
+        signal = module.amortized_step(a)
         loss = signal.mean()
         if math.isfinite(loss.item()):
             return loss
@@ -150,7 +157,7 @@ class FiniteUpdates:
         if 0 < bad < N:
             # As many rows as before, for the sake of compiled code.
             row = torch.where(good, torch.arange(N, device=good.device), good.int().argmax())
-            signal = module.signal(take(a, row))
+            signal = module.amortized_step(take(a, row))
             return signal[good].mean() if len(signal) == N else signal.mean()
         return torch.nan * torch.stack([p.sum() for p in module.parameters() if p.requires_grad]).sum()
 

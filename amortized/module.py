@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -47,12 +46,13 @@ from amortized.contract import (
     value_and_grad,
     violation,
 )
-from amortized.contract.faults import describe, known_cause
+from amortized.contract.faults import describe
 from amortized.finite import FiniteUpdates
 from amortized.lightning_private import LeanModule, logs_now, trainer_of
 from amortized.losses.objective import Loss, ObjectiveLoss
 from amortized.rebuild import rebuild
 from amortized.solvers.base import Solver
+from amortized.update import Update, compiled_update
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,9 +75,10 @@ class AmortizedModule(LeanModule, abc.ABC):
         loss: the training signal; ``None`` is :class:`~amortized.losses.objective.ObjectiveLoss`.
         optimizer: makes the optimizer from the module's parameters.
         scheduler: makes the learning-rate scheduler from the optimizer; it steps with every training step.
-        compile: compile the training signal with ``torch.compile``, once for each shape of batches: a minute, which long
-            training on a GPU pays back. The draws of a random objective are then other ones. What cannot be compiled is
-            trained as it is, with a warning.
+        compile: make each update, from the contexts to the optimizer's step, one call of a graph that ``torch.compile`` makes
+            first: see :mod:`amortized.update`. That takes some 10 to 60 s, which long training pays back, and a second or two
+            in later runs of the same. The draws of a random objective are then other ones. What cannot be compiled is trained
+            as it is, with a warning.
         not_finite: what training does about a row, or a gradient, that is NaN or infinite: ``stop`` ends the run before that
             update, naming batch and row; ``skip`` leaves the row, or the update, out and counts it
             (``train/skipped_rows``, ``train/skipped_updates``): see :mod:`amortized.finite`.
@@ -120,6 +121,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         self._bad_rows, self._feasible = MeanMetric(), MeanMetric()
         self._violation = MeanMetric(nan_strategy="ignore")
         self._checked = False
+        self._compiled_update: Update | None = None
 
     # ---- the problem
 
@@ -196,11 +198,6 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     # ---- Lightning
 
-    @functools.cached_property
-    def signal(self) -> Callable[[Context], Tensor]:
-        """:meth:`amortized_step`, compiled where that is asked for."""
-        return torch.compile(self.amortized_step, dynamic=False) if self.compiled else self.amortized_step
-
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
@@ -211,18 +208,25 @@ class AmortizedModule(LeanModule, abc.ABC):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def training_step(self, batch: Context | list[Context], batch_idx: int) -> Tensor:
-        """One update; a list of K context batches makes K updates, the first K - 1 of them without Lightning's overhead."""
-        *earlier, a = batch if isinstance(batch, list) else [batch]
+        """One update; a list of K context batches makes K updates, the first K - 1 of them without Lightning's overhead.
+
+        Compiled updates are all made here. Lightning's own step after them finds no gradient, and makes none.
+        """
+        batches = batch if isinstance(batch, list) else [batch]
         if not self._checked:
-            self.check(a, updates=len(earlier) + 1)
-        if earlier:
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            assert isinstance(optimizer, torch.optim.Optimizer)
-            for k, contexts in enumerate(earlier):
-                self._update(contexts, optimizer, self._number(batch_idx, k, len(earlier) + 1))
-        loss = self.finite_updates.mean(self, a, self._number(batch_idx, len(earlier), len(earlier) + 1))
-        if logs_now(self.trainer):
+            self.check(batches[0], updates=len(batches))
+        numbers = [self._number(batch_idx, k, len(batches)) for k in range(len(batches))]
+        here = len(batches) - (not self.compiled)
+        for a, number in zip(batches[:here], numbers, strict=False):
+            loss = self._update(a, number)
+        if self.compiled:
+            loss.requires_grad_()
+        else:
+            loss = self.finite_updates.mean(self, batches[-1], numbers[-1])
+        logs = logs_now(self.trainer)
+        if logs or (self.compiled and self.device.type == "cpu"):
             self.finite_updates.look(self)
+        if logs:
             self.log("train/loss", loss.detach(), sync_dist=True)
             if self.finite_updates.action == "skip":
                 self.log("train/skipped_rows", float(self.finite_updates.rows), sync_dist=True, reduce_fx="sum")
@@ -238,9 +242,17 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Lets no update through that is not finite; an override calls this too."""
-        self.finite_updates.before_update(self, optimizer)
+        if not self.compiled:
+            self.finite_updates.before_update(self, optimizer)
 
-    def _update(self, a: Context, optimizer: torch.optim.Optimizer, number: int) -> None:
+    def _update(self, a: Context, number: int) -> Tensor:
+        """An update, all of it; its loss, without a graph."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        if self._compiled_update is not None:
+            if (made := self._compiled_update(a)) is not None:
+                return self.finite_updates.made(self, a, number, *made)
+            self._compiled_update = None
         loss = self.finite_updates.mean(self, a, number)
         optimizer.zero_grad()  # first: the gradients of the last step are still there
         loss.backward()
@@ -248,6 +260,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         if self.trainer.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm)
         optimizer.step()
+        return loss.detach()
 
     def validation_step(self, a: Context, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The prediction, for callbacks to measure; its mean objective is logged, that of each set of ``evaluations`` apart.
@@ -417,27 +430,10 @@ class AmortizedModule(LeanModule, abc.ABC):
                 check_solved(self, a)
         self.train(training)
         if self.compiled:
-            self._try_compiled(a)
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, torch.optim.Optimizer)
+            self._compiled_update = compiled_update(self, optimizer)
         self._checked = True
-
-    def _try_compiled(self, a: Context) -> None:
-        """Compile now, backward pass included, leaving no trace; what cannot be compiled is trained as it is."""
-        parameters, before = list(self.parameters()), [b.clone() for b in self.buffers()]
-        gradients = [p.grad for p in parameters]
-        try:
-            with draws(
-                stream_seed(0, "check", 0), self.device
-            ):  # backward, as autograd.grad drops second derivatives without a word
-                self.signal(a).mean().backward()
-        except Exception as error:
-            why = known_cause(error) or f"this cannot be compiled: {describe(error)}"
-            rank_zero_warn(f"compile: true is left out: {why}")
-            self.signal = self.amortized_step
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = gradient
-        with torch.no_grad():
-            for buffer, value in zip(self.buffers(), before, strict=True):
-                buffer.copy_(value)
 
     def _check_network(self, a: Context) -> None:
         name = type(self).__name__

@@ -112,9 +112,9 @@ def codes(name: str, data: Any, goals: bool, turns: int) -> list[Row]:
     mine = evaluate(exact, b, a)
     best = FISTA(20_000, tol=1e-10).solve(exact, a, zero)
     note = (
-        f"{len(a)} held-out signals, {len(every) - len(a)} zero ones left out; optimum {float(best.value.mean()):.5g}, "
+        f"{len(a)} held-out signals, {len(every) - len(a)} of zero left out; optimum {float(best.value.mean()):.5g}, "
     )
-    note += f"solved {float(best.converged.double().mean()):.1%}"
+    note += f"solved {float(best.converged.double().mean()):.1%}, with {float((best.b != 0).double().sum(1).mean()):.1f} entries"
     gap = float((mine - best.value).mean() / best.value.mean())
     rows = [row(f"{name}, mean gap over the mean optimum", gap, None, None, note)]
 
@@ -194,7 +194,8 @@ def refinements(quick: bool) -> list[Row]:
         torch.manual_seed(0)
         started = time.process_time()
         rate = 0.002 if name == "none" else 0.01
-        module = train(SparseCoding(MLP(25, 50, [256, 256]), dictionary, refine=make()), data, updates, rate).double()
+        network = MLP(25, 50, [256, 256])
+        module = train(SparseCoding(network, copy.deepcopy(dictionary), refine=make()), data, updates, rate).double()
         seconds = time.process_time() - started
         a = data.contexts("test").double()
         best = FISTA(20_000, tol=1e-9).solve(module, a, module.initial(a)).value

@@ -42,7 +42,7 @@ WAYS = {
 BUDGETS, QUICK = (75, 225, 675, 2025), (20, 60)
 BLOCK = 20
 """Updates of one side before the next has its turn."""
-TEST = 512
+BATCH, TEST = 128, 512
 
 
 class Case(NamedTuple):
@@ -51,6 +51,9 @@ class Case(NamedTuple):
     make: Callable[[], AmortizedModule]
     data: Callable[..., ContextDataModule]
     solver: Solver
+    """Of the solutions to learn from."""
+    reference: Solver
+    """Of the gap."""
     distance: Distance
     contexts: int | None
     """Solved; ``None``: all there are."""
@@ -63,7 +66,8 @@ class Case(NamedTuple):
 def sphere() -> Case:
     return Case(
         lambda: Sphere(SetTransformer(["centres", "offsets"], 4, 3, features=48)),
-        lambda **more: SphereContexts(batch_size=256, num_test=TEST, **more),
+        lambda **more: SphereContexts(batch_size=BATCH, num_test=TEST, **more),
+        LBFGS(200),
         LBFGS(200),
         Angle(length=1),
         32768,
@@ -76,7 +80,8 @@ def sphere() -> Case:
 def dc3() -> Case:
     return Case(
         lambda: ConvexDC3(ResidualMLP(50, 100, [100, 100]), refine=Gauge()),
-        lambda **more: DC3Contexts(batch_size=256, num_test=TEST, **more),
+        lambda **more: DC3Contexts(batch_size=BATCH, num_test=TEST, **more),
+        ADMM(tol=1e-7),
         ADMM(tol=1e-7),
         Euclidean(),
         None,
@@ -91,10 +96,11 @@ def lasso() -> Case:
 
     return Case(
         lambda: SparseCoding(MLP(25, 50, [256, 256]), GaussianDictionary(25, 50), weight=0.005),
-        lambda **more: SparseSignals(GaussianDictionary(25, 50), batch_size=256, num_test=TEST, **more),
+        lambda **more: SparseSignals(GaussianDictionary(25, 50), batch_size=BATCH, num_test=TEST, **more),
+        FISTA(steps=2000, tol=1e-4),
         FISTA(steps=5000, tol=1e-5),
         Euclidean(),
-        32768,
+        16384,
         1.0,
         3e-3,
         "of a mean optimum of 0.020",
@@ -177,7 +183,7 @@ def measure(name: str, case: Case, budgets: tuple[int, ...], folder: Path) -> li
     values = [predicted(run.module, a) for _, run in runs]
     last = [run.module(a).detach() for _, run in runs[-len(WAYS) :]]
     starts = [start.initial(a), *last]
-    best = torch.stack([case.solver.solve(start, a, b).value for b in starts]).amin(0)
+    best = torch.stack([case.reference.solve(start, a, b).value for b in starts]).amin(0)
     return [
         Found(
             name,

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from lightning import Trainer
-from torch._dynamo.utils import counters
 from toy import Completed, FiniteGaussians, Gaussians, Quadratic
 
 from amortized import ProblemError
@@ -11,9 +10,9 @@ from amortized import ProblemError
 STEPS, K = 12, 4
 
 
-def fit(data, max_steps, batches_per_step, num_workers=0, compile=False, **trainer):
+def fit(data, max_steps, batches_per_step, num_workers=0, **trainer):
     torch.manual_seed(0)
-    module = Quadratic(optimizer=lambda parameters: torch.optim.Adam(parameters, 0.01), compile=compile)
+    module = Quadratic(optimizer=lambda parameters: torch.optim.Adam(parameters, 0.01))
     off = ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary", "use_distributed_sampler")
     settings = {
         "max_steps": max_steps,
@@ -68,13 +67,3 @@ def test_contexts_that_are_completed_on_the_device_are_the_same(workers):
     for x, y in zip(whole.parameters(), completed.parameters(), strict=True):
         assert torch.equal(x, y)
     assert torch.equal(Gaussians().batch("val", 0), Completed().batch("val", 0))
-
-
-def test_compiled_training_is_the_same():
-    counters.clear()
-    plain = fit(Gaussians, STEPS, K)[0]
-    assert not counters["stats"]["unique_graphs"]
-    compiled = fit(Gaussians, STEPS, K, compile=True)[0]
-    assert counters["stats"]["unique_graphs"] == 1
-    for x, y in zip(plain.parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(x, y)

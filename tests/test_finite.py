@@ -15,7 +15,6 @@ from amortized.cli.app import main
 from amortized.contract import check_support
 from amortized.finite import FiniteUpdates
 from amortized.losses.hard_contexts import HardContexts
-from amortized.solvers import GradientDescent
 
 STEPS = 8
 
@@ -296,18 +295,3 @@ def test_a_fault_in_the_objective_is_told_with_its_place(error, capsys):
     number = next(k for k, text in enumerate(Path(__file__).read_text().splitlines(), 1) if line in text)
     assert re.search(rf"Faulty.objective fails .*{error}: .*test_finite.py, line {number}, in objective", said), said
     assert "AMORTIZED_DEBUG=1" in said
-
-
-def test_what_cannot_be_compiled_is_trained_as_it_is(recwarn):
-    """Second derivatives, as in MAML."""
-    settings = {"batch_size": 4, "num_val": 4}
-    weights = []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        module = Quadratic(refine=GradientDescent(steps=2, lr=0.01), compile=compile, dropout=0.1)
-        fit(module, Gaussians(**settings), max_steps=3)
-        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
-    assert torch.equal(*weights)
-    told = [str(w.message) for w in recwarn if "compile: true is left out" in str(w.message)]
-    assert len(told) == 1
-    assert "double backward" in told[0]

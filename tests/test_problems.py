@@ -9,7 +9,7 @@ from torch.nn.utils import vector_to_parameters
 
 from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import map_leaves, num_rows, value_and_grad
-from amortized.losses import FixedPointLoss, ZerothOrderLoss
+from amortized.losses import FixedPointLoss, RegressionLoss, ZerothOrderLoss
 from amortized.module import AmortizedModule
 from amortized.networks import (
     MLP,
@@ -37,6 +37,7 @@ from amortized.problems import (
     CloudTransport,
     ConditionalFlow,
     ConvexDC3,
+    ConvexPotential,
     CosineDictionary,
     DC3Contexts,
     DoubleIntegrator,
@@ -48,6 +49,7 @@ from amortized.problems import (
     GaussianDictionary,
     GaussianLinear,
     GaussianLinearPosterior,
+    GaussianPair,
     GaussianProcesses,
     GaussianProcessRegression,
     GeneratedImages,
@@ -76,6 +78,7 @@ from amortized.problems import (
     PowerFlowContexts,
     PowerFlowLoss,
     Prototypes,
+    Shapes,
     Simulations,
     Sinusoid,
     SinusoidContexts,
@@ -89,6 +92,7 @@ from amortized.problems import (
     SystemStates,
     Template,
     TwoMoons,
+    Wasserstein2,
 )
 from amortized.problems.inference.evidence import AnnealedImportanceSampling
 from amortized.problems.style import Stylization
@@ -145,6 +149,11 @@ def conv_vae():
 
 def moves_inside_the_cube(plan):
     return (plan.map > -1e-4).all() and (plan.map < 1 + 1e-4).all() and (plan.cost > -1e-6).all() and finite(plan.f)
+
+
+def solved_potential():
+    loss = RegressionLoss(field="conjugate")
+    return Wasserstein2(ResidualMLP(2, 2), ConvexPotential(2, [8, 8]), conjugate=LBFGS(5), loss=loss)
 
 
 def messages():
@@ -251,6 +260,9 @@ CASES = {
     "classification": Case(lambda: Classification(MLP(64, 10)), LabelledDigits, on_simplex),
     "transport": Case(lambda: HistogramTransport(HistogramPotential()), ImagePairs, moves_inside_the_cube),
     "transport, clouds": Case(lambda: CloudTransport(CloudPotential(2, 0.01)), MixtureClouds, moves_inside_the_cube),
+    "conjugate": Case(lambda: Wasserstein2(MLP(2, 2), GaussianPair(2).known), GaussianPair, finite),
+    "potential": Case(lambda: Wasserstein2(ResidualMLP(2, 2), ConvexPotential(2, [8, 8])), Shapes, finite),
+    "potential, solved": Case(solved_potential, Shapes, finite),
     "Gaussian": Case(lambda: GaussianLinearPosterior(MLP(10, 65), FullGaussian(10)), simulations(GaussianLinear), in_support),
     "two moons": Case(lambda: flow_posterior(MLP(2, 4), TwoMoons()), simulations(TwoMoons), in_support),
     "SLCP": Case(lambda: flow_posterior(SetMoments(["x"], 2, 4), SLCP(), "affine"), simulations(SLCP), in_support),

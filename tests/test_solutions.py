@@ -223,6 +223,8 @@ def test_sets_that_are_none_are_refused_with_what_to_do(capsys):
     with pytest.raises(ProblemError, match=r"no solution set in set: make it with amortized solve .* --out set"):
         of_set().batch("train", 0)
     assert "give --contexts" in untrained_refusal(capsys, "Gaussians")
+    loss = ["--model.loss=RegressionLoss", "--model.loss.cache=kept"]
+    assert "--data.solutions kept" in refusal(capsys, "fit", "-c", "toy_recipe.yaml", *QUIET, *loss)
     solve("bare", "--with_contexts=false")
     with pytest.raises(ProblemError, match="without contexts: make it anew, --with_contexts true"):
         of_set("bare").batch("train", 0)

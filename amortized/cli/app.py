@@ -9,47 +9,46 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
 import os
 import shlex
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.multiprocessing import ProcessExitedException
 
 import amortized.networks
 import amortized.problems
 import amortized.shipping.solutions  # noqa: F401  (imported so that recipes can use short class names)
-from amortized import checkpoint, disk
+from amortized import checkpoint
 from amortized.callbacks import BudgetMonitor, CertificateMonitor, Checkpoint, GapMonitor, Interrupt, Report
 from amortized.callbacks.checkpoint import STOPS, raise_interrupted
 from amortized.callbacks.predictions import PredictionWriter
 from amortized.callbacks.progress import ProgressBar
 from amortized.cli import ship
-from amortized.cli.differences import differences, named, same_class, without
 from amortized.cli.errors import UsageError
 from amortized.cli.help_text import COMMANDS, help_text, top_help
 from amortized.cli.next_steps import next_steps
 from amortized.cli.parsing import Parser, cause_of, full_options
 from amortized.cli.recipes import recipes, resolve_recipe
+from amortized.cli.run_folder import RUN, AgreeOnFolder, RunTrainer, run_folder
+from amortized.cli.saved_recipe import SaveRecipe, check_recipe, recipe_of
 from amortized.cli.slurm import requeue
 from amortized.cli.surroundings import any_terminal, say, working_directory_importable
+from amortized.cli.which_checkpoint import find_checkpoint, resumable, trained
 from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import ProblemError, faults
 from amortized.evaluation.calibration import Calibration
@@ -59,85 +58,11 @@ from amortized.loggers.csv import MetricsLogger
 from amortized.loggers.wandb import attempt, finish, log_checkpoint, wandb_logger
 from amortized.module import AmortizedModule
 
-RUN = "AMORTIZED_RUN_FOLDER"
-"""Environment variable by which processes that a run launches find its folder."""
-
 CERTIFIED = (SingleDeviceStrategy, DDPStrategy)
 """Strategies under which every process has the whole model."""
 
 DISK_FAULTS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")}
 """What a disk that is full, read-only, forbidden or broken says."""
-
-
-class SaveRecipe(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder and the recipe into every checkpoint; replaces no earlier one."""
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if not self.already_saved and trainer.is_global_zero:
-            folder = disk.make(Path(trainer.default_root_dir))
-            path = folder / "config.yaml"
-            for number in range(2, 10_000):
-                if not path.exists() or path.read_text(encoding="utf-8") == self.text:
-                    break
-                path = folder / f"config-{number}.yaml"
-            disk.write(path, self.text)
-        self.already_saved = True
-
-    # Once a run, not at every save: a dump takes as long as some ten training steps.
-    @functools.cached_property
-    def text(self) -> str:
-        """All settings, as YAML."""
-        text: str = self.parser.dump(self.config, skip_unset=False)
-        return text
-
-    @functools.cached_property
-    def recipe(self) -> dict[str, Any]:
-        """Those that a checkpoint depends on."""
-        return recipe_of(self.text)
-
-    @functools.cached_property
-    def solver(self) -> dict[str, Any] | None:
-        """That of the gap."""
-        found: dict[str, Any] | None = yaml.safe_load(self.text)["gap"]["solver"]
-        return found
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint_: dict[str, Any]) -> None:
-        checkpoint_[checkpoint.RECIPE] = self.recipe
-        checkpoint_[checkpoint.SOLVER] = self.solver
-        checkpoint_[checkpoint.PROCESSES] = trainer.world_size
-
-
-class RunTrainer(Trainer):
-    """A trainer whose folder is the first process's on all of them, also where each was launched on its own (torchrun)."""
-
-    agreed: str | None = None
-
-    @property
-    def default_root_dir(self) -> str:
-        return self.agreed or super().default_root_dir
-
-
-class AgreeOnFolder(Callback):
-    """Tells every process the folder of the first, as soon as they are connected."""
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        assert isinstance(trainer, RunTrainer)
-        trainer.agreed = trainer.strategy.broadcast(trainer.default_root_dir)
-
-
-def recipe_of(text: str) -> dict[str, Any]:
-    """The settings that a checkpoint depends on: model, data, seed, and how the trainer updates."""
-    everything = yaml.safe_load(text)
-    trainer = {
-        key: everything["trainer"].get(key)
-        for key in ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision")
-    }
-    return {
-        "seed_everything": everything["seed_everything"],
-        "model": everything["model"],
-        "data": everything["data"],
-        "trainer": trainer,
-    }
 
 
 class AmortizedCLI(CommandLine):
@@ -250,103 +175,23 @@ class AmortizedCLI(CommandLine):
         settings = self.config[command]
         given = settings.get("ckpt_path")
         if command == "fit":
-            given = self._resumable(settings, given)
+            given = resumable(settings, given)
         elif not given:
-            given = self._trained(command, settings)
+            given = trained(command, settings, self.recipe)
         elif given == checkpoint.UNTRAINED:
             return
         if given:
-            self.resumed = self._find_checkpoint(str(given), self._check_recipe)
+            self.resumed = find_checkpoint(str(given), self.recipe, self._check_recipe)
             settings["ckpt_path"] = str(self.resumed.path)
         elif settings["init_from"]:
-            self.initial = self._find_checkpoint(settings["init_from"])
+            self.initial = find_checkpoint(settings["init_from"], self.recipe)
             settings["init_from"] = str(self.initial.path)
             say(f"starts from the weights of {self.initial.path} alone")
 
-    def _resumable(self, settings: Any, given: Any) -> Any:
-        """Where a ``fit`` goes on from; ``None`` if it starts."""
-        if settings["resume"] == "never":
-            return given
-        if given or not settings["run_folder"]:
-            raise UsageError(
-                "--resume auto goes on in the folder that --run_folder names; give that, and no --ckpt_path"
-            )
-        return settings["run_folder"] if checkpoint.found_in(settings["run_folder"]) else None
-
-    def _trained(self, command: str, settings: Any) -> str:
-        """The folder of the run whose config or folder is given.
-
-        Raises:
-            UsageError: if there is no trained model.
-        """
-        configs = [Path(str(path)) for path in settings.get("config") or []]
-        folders = [path.parent for path in configs if path.name.startswith("config")]
-        for folder in (*([Path(settings["run_folder"])] if settings["run_folder"] else []), *folders):
-            if checkpoint.found_in(folder):
-                return str(folder)
-        raise UsageError(
-            f"{command} needs a trained model: give --ckpt_path a checkpoint, the folder of a run, or last (the last run of "
-            f"{self.recipe}); or --ckpt_path {checkpoint.UNTRAINED} for the network as it is initialised"
-        )
-
     def _check_recipe(self, path: Path, loaded: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose settings disagree with those of this command."""
         command = self.config.subcommand
         given = recipe_of(self.parser_of(command).dump(self.config[command], skip_unset=False))
-        saved = checkpoint.recipe_in(path, loaded)
-        classes = [recipe["model"]["class_path"] for recipe in (saved, given)]
-        if not same_class(*classes):
-            theirs, ours = (path.split(".")[-1] for path in classes)
-            raise checkpoint.MismatchError(
-                f"{path} is of another recipe: it holds a {theirs}, the recipe asks for a {ours}"
-            )
-        model, data = (named(given[part]["class_path"]) for part in ("model", "data"))
-        if command != "fit":
-            saved, given = ({"model": without(recipe["model"], model.free_settings)} for recipe in (saved, given))
-        elif not all(key in loaded for key in ("optimizer_states", "loops", "global_step")):
-            raise checkpoint.MismatchError(f"{path} holds no state of training: it can be tested, not continued")
-        else:
-            saved, given = (
-                recipe
-                | {
-                    "model": without(recipe["model"], model.free_to_resume),
-                    "data": without(recipe["data"], data.free_to_resume),
-                }
-                for recipe in (saved, given)
-            )
-        if found := differences(saved, given):
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            config = path.parent.parent / "config.yaml"
-            how = f" (-c {config} has them)" if config.is_file() else ""
-            raise checkpoint.MismatchError(
-                f"{path} was trained with other settings: {found[0]}{more}; give those it was trained with{how}"
-            )
-
-    def _find_checkpoint(self, given: str, check: checkpoint.Check = checkpoint.accept) -> checkpoint.Newest:
-        """A checkpoint file; or the newest good one of a run's folder, or of the recipe's last run (``last``)."""
-        folder = self._last_run() if given == "last" else Path(given)
-        if not folder.is_dir():
-            return checkpoint.Newest(folder, checkpoint.load(folder, check), [])
-        found = checkpoint.newest(folder, check)
-        if found.path is None:
-            for fault in found.faults:
-                if isinstance(fault, checkpoint.MismatchError):
-                    raise fault
-            why = f": {found.faults[0]}" if found.faults else ""
-            raise checkpoint.CheckpointError(f"there is no good checkpoint in {folder}{why}")
-        for fault in found.faults:
-            say(f"not the newest checkpoint: {fault}")
-        say(f"takes {found.path}, of step {found.step}")
-        return found
-
-    def _last_run(self) -> Path:
-        runs = Path("runs", self.recipe).glob("*/checkpoints")
-        for run in sorted(runs, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-            if checkpoint.newest(run).path is not None:
-                return run.parent
-        raise checkpoint.CheckpointError(
-            f"--ckpt_path last: there is no good checkpoint under {Path('runs', self.recipe)}"
-        )
+        check_recipe(path, loaded, command, given)
 
     def before_instantiate_classes(self) -> None:
         if threads := self.config[self.config.subcommand]["threads"]:
@@ -370,7 +215,7 @@ class AmortizedCLI(CommandLine):
         settings = self.config_init[self.subcommand]
         if settings["threads"] is None:
             torch.set_num_threads(default_threads(self.model))
-        folder = self._run_folder(settings)
+        folder = run_folder(str(self.subcommand), self.recipe, settings["run_folder"], self.resumed.path)
         kwargs["default_root_dir"] = str(folder)
         self._load_weights()
         kwargs["logger"] = self._loggers(settings, folder)
@@ -433,45 +278,6 @@ class AmortizedCLI(CommandLine):
                 f"{path} was trained on {trained} processes, here are {trainer.world_size}: go on with as many, or start "
                 f"another run from its weights with --init_from {path}"
             )
-
-    def _run_folder(self, settings: Any) -> Path:
-        """The run's folder, made unless another process makes it.
-
-        Raises:
-            UsageError: if it cannot be made, or holds what this command would spoil.
-        """
-        start = time.strftime("%Y%m%d-%H%M%S") + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
-        folder, new = Path("runs", self.recipe, start), False
-        if settings["run_folder"]:
-            folder = Path(settings["run_folder"])
-        elif RUN in os.environ:  # this process was launched by the run's first one
-            folder = Path(os.environ[RUN])
-        elif self.subcommand == "fit" and self.resumed.path and self.resumed.path.parent.name == "checkpoints":
-            folder = self.resumed.path.parent.parent  # a resumed run goes on in its folder
-        else:
-            new = True
-        held = [] if new else checkpoint.found_in(folder)
-        goes_on = self.resumed.path and any(path.samefile(self.resumed.path) for path in held)
-        if held and self.subcommand == "fit" and not goes_on:
-            raise UsageError(
-                f"{folder} holds a run: continue it with --ckpt_path {folder}, or name another --run_folder"
-            )
-        if held and self.subcommand != "fit" and not self.resumed.path:
-            raise UsageError(
-                f"{folder} holds a trained run, whose results those of an untrained network would replace: name another "
-                "--run_folder"
-            )
-        # The first process makes it, and tells the others once they are connected.
-        if rank_zero_only.rank:  # type: ignore[attr-defined]
-            return folder
-        try:
-            folder = disk.make_new(folder) if new else disk.make(folder)
-        except OSError as error:
-            raise UsageError(
-                f"the run's folder {folder} cannot be made ({error.strerror}): name another with --run_folder"
-            ) from error
-        os.environ[RUN] = str(folder)
-        return folder
 
     def run_command(self, command: str) -> None:
         settings = self.config_init[command]

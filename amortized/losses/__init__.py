@@ -31,7 +31,7 @@ __all__ = [
     "PenaltyLoss",
     "PrimalDualLoss",
     "RegressionLoss",
+    "SumLoss",
     "ScoreFunctionLoss",
     "ZerothOrderLoss",
-    "SumLoss",
 ]

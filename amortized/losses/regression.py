@@ -43,6 +43,7 @@ class RegressionLoss(Loss):
         distance: d; ``None`` is :class:`~amortized.losses.distances.Euclidean`, the mean squared difference.
         unsolved: weight of a row whose solver did not converge, or found nothing feasible, in [0, 1]: its target is the best
             that was found.
+        cache: is no more; what to do in its place is said.
 
     Raises:
         ProblemError: if there are no solutions, or they have another shape than predictions.
@@ -56,7 +57,7 @@ class RegressionLoss(Loss):
         solver: Solver | None = None,
         distance: Distance | None = None,
         unsolved: float = 0.0,
-        cache: None = None,
+        cache: str | None = None,
     ) -> None:
         if cache is not None:
             raise ValueError(
@@ -107,12 +108,13 @@ class RegressionLoss(Loss):
         return target
 
     def _off(self, model: Predictor, a: Context, target: Targets) -> Tensor:
-        b, b_star = model.iterates(a)[-1], target.b
+        b = model.iterates(a)[-1]
+        b_star = target.b.to(b.dtype)
         several = b_star.ndim == b.ndim + 1
         if b_star.shape[:1] + b_star.shape[1 + several :] != b.shape:
             raise ProblemError(f"solutions have shape {tuple(b_star.shape)}, the network predicts {tuple(b.shape)}")
         off = self._nearest(b, b_star) if several else self.distance(b, b_star)
-        return off if target.weight is None else target.weight * off
+        return off if target.weight is None else target.weight.to(off.dtype) * off
 
     def _nearest(self, b: Tensor, b_star: Tensor) -> Tensor:
         """The distance to the nearest of k solutions ``(B, k, *)``."""

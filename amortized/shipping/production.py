@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import socket
 import zipfile
 from collections.abc import Iterator
@@ -166,7 +167,7 @@ def described(solver: Solver) -> str:
     names = [name for name in inspect.signature(type(solver)).parameters if hasattr(solver, name)]
     parts = {name: getattr(solver, name) for name in names}
     shown = [f"{name}={described(part) if isinstance(part, Solver) else part!r}" for name, part in parts.items()]
-    return f"{type(solver).__name__}({', '.join(shown)})"
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{type(solver).__name__}({', '.join(shown)})")
 
 
 def source(solver: TrainedSolver, split: Literal["train", "test"]) -> str:

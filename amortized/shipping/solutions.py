@@ -49,7 +49,8 @@ class SolveOnce(SolutionSet):
         module = trainer.lightning_module if trainer is not None else None
         if trainer is None or not isinstance(module, AmortizedModule):
             raise ProblemError("SolveOnce solves the problem of an AmortizedModule: fit one with these data")
-        self.make(module, data, str(trainer.precision), trainer.strategy.root_device.type)
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        self.make(module, data, str(trainer.precision), "cuda" if on_gpu else "cpu")
 
     def make(
         self, module: AmortizedModule, data: ContextDataModule, precision: str | None = None, device: str = "cpu"
