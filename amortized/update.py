@@ -79,6 +79,7 @@ def compiled_update(module: AmortizedModule, optimizer: torch.optim.Optimizer) -
 
     # A name of its own: the compiler limits how many graphs it makes of one.
     update.__code__ = update.__code__.replace(co_name=f"update_{next(_NUMBER)}")
+    torch._dynamo.config.trace_autograd_ops = True  # gradients are part of the graph
     graph = torch.compile(update, fullgraph=True, dynamic=False)
     inside = _in_graph(optimizer)
     constants: list[dict[str, Any]] | None = None  # known once it is compiled
@@ -94,8 +95,7 @@ def compiled_update(module: AmortizedModule, optimizer: torch.optim.Optimizer) -
             p.grad = gradient  # Lightning takes them off after each training step
         started = time.perf_counter()
         try:
-            # Gradients are part of the graph; without those outside, it writes the parameters in place.
-            with torch.no_grad(), torch._dynamo.config.patch(trace_autograd_ops=True), _held(optimizer, inside):
+            with torch.no_grad(), _held(optimizer, inside):  # without gradients outside, it writes parameters in place
                 made: tuple[Tensor, Tensor] = graph(a)
         except Exception as error:
             why = known_cause(error) or f"this cannot be compiled: {_where(error)}"
