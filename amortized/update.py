@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
 from amortized.contract import Context, ProblemError
@@ -78,13 +79,14 @@ def compiled_update(module: AmortizedModule, optimizer: torch.optim.Optimizer) -
 
     # A name of its own: the compiler limits how many graphs it makes of one.
     update.__code__ = update.__code__.replace(co_name=f"update_{next(_NUMBER)}")
+    torch._dynamo.config.trace_autograd_ops = True  # gradients are part of the graph
     graph = torch.compile(update, fullgraph=True, dynamic=False)
-    inside, constants = _in_graph(optimizer), _constants(optimizer)
-    compiled = False
+    inside = _in_graph(optimizer)
+    constants: list[dict[str, Any]] | None = None  # known once it is compiled
 
     def call(a: Context) -> tuple[Tensor, Tensor] | None:
-        nonlocal compiled
-        if _constants(optimizer) != constants:
+        nonlocal constants
+        if constants is not None and _constants(optimizer) != constants:
             raise ProblemError(
                 "compile: true takes the optimizer's numbers but lr and betas for constants, and the scheduler changes others "
                 "(momentum?): write cycle_momentum: false for it, or compile: false"
@@ -93,18 +95,18 @@ def compiled_update(module: AmortizedModule, optimizer: torch.optim.Optimizer) -
             p.grad = gradient  # Lightning takes them off after each training step
         started = time.perf_counter()
         try:
-            # Gradients are part of the graph; without those outside, it writes the parameters in place.
-            with torch.no_grad(), torch._dynamo.config.patch(trace_autograd_ops=True), _held(optimizer, inside):
+            with torch.no_grad(), _held(optimizer, inside):  # without gradients outside, it writes parameters in place
                 made: tuple[Tensor, Tensor] = graph(a)
         except Exception as error:
             why = known_cause(error) or f"this cannot be compiled: {_where(error)}"
-            if compiled or why.startswith("out of memory"):
+            tracing = constants is None or isinstance(error, TorchDynamoException | FailOnRecompileLimitHit)
+            if not tracing or why.startswith("out of memory"):
                 raise
             rank_zero_warn(f"compile: true is left out: {why}")
             return None
-        if not compiled:
+        if constants is None:
+            constants = _constants(optimizer)
             module.print(f"the update is compiled, in {time.perf_counter() - started:.1f} s")
-            compiled = True
         return made
 
     return call

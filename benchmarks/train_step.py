@@ -5,7 +5,8 @@
 After every training step of Lightning a callback makes one bare step of a twin (same network, optimizer, objective and
 batch size, contexts drawn from one generator), so noise of the machine hits both sides alike. The value of a row is the
 speed ratio bare / ours, its time summed over blocks that hold one of everything a run does now and then (log lines,
-refreshes of the progress bar, one checkpoint), median over the blocks after the first. One thread.
+refreshes of the progress bar, one checkpoint), median over the blocks after the first. One thread. Then the updates of five
+recipes, compiled too: see :mod:`benchmarks.train_recipes`.
 """
 
 from __future__ import annotations
@@ -186,6 +187,9 @@ def main() -> None:
         )
         verdict = "" if goal is None else f"  goal {goal}: {'holds' if holds else 'MISSED'}"
         print(f"{name:40s} {value:.3f}{verdict:22s}  {detail}", flush=True)
+    from benchmarks.train_recipes import rows as of_recipes
+
+    rows += of_recipes(options.quick)
     if options.json:
         options.json.write_text(json.dumps({"rows": rows}, indent=2))
 

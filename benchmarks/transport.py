@@ -15,6 +15,8 @@ other's.
 
 ``--ott`` names a Python with ``ott-jax``: its ``MetaInitializer`` is trained for the CPU time that the recipe's training
 takes here, timed on 100 of its steps, on the same images, and its predictions start our iterations too.
+
+Last, maps between Gaussians by convex potentials: see ``benchmarks.transport_potentials``.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from amortized.problems.transport import Histograms, Transport
 from amortized.problems.transport.entropic import log_density, temperatures
 from amortized.problems.transport.gaussians import gaussian_potential
 from amortized.solvers import Anderson
+from benchmarks.transport_potentials import potentials
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "transport_mnist.ckpt"
 GOALS = (1e-2, 1e-3)
@@ -257,6 +260,7 @@ def main() -> None:
         lambda: [gap(module, a, starts["learned"])],
         lambda: clocks(module, a, learned),
         lambda: temperatures_down(module.network, few),  # type: ignore[arg-type]
+        lambda: potentials(options.quick),
     ):
         for found in part():
             rows.append(found)

@@ -5,6 +5,7 @@
 * ``transport_colours.jpg``: the colours of scikit-learn's two photographs, each carried to the other's by the plan between 512
   pixels of each: as ``checkpoints/transport_clouds.ckpt`` predicts it, which was trained on mixtures of Gaussians alone,
   and as the solver finds it from there.
+* ``transport_maps.png``: both maps between two shapes in the plane, of ``checkpoints/wasserstein2.ckpt``, on test draws.
 """
 
 from __future__ import annotations
@@ -18,8 +19,19 @@ from torch import Tensor
 
 from amortized import checkpoint
 from amortized.contract import take
-from amortized.problems import CloudPotential, CloudTransport, HistogramPotential, HistogramTransport, ImagePairs
+from amortized.networks import ResidualMLP
+from amortized.problems import (
+    CloudPotential,
+    CloudTransport,
+    ConvexPotential,
+    HistogramPotential,
+    HistogramTransport,
+    ImagePairs,
+    Shapes,
+    Wasserstein2,
+)
 from amortized.problems.transport import Clouds
+from amortized.problems.transport.monge import draw_maps
 from amortized.solvers import Anderson
 from benchmarks.transport import CHECKPOINT, load
 
@@ -94,6 +106,19 @@ def colours(file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
+def maps(file: Path) -> None:
+    saved = checkpoint.load(CHECKPOINT.with_name("wasserstein2.ckpt"))
+    recipe = saved[checkpoint.RECIPE]
+    init = recipe["model"]["init_args"]
+    network = ResidualMLP(**init["network"]["init_args"])
+    module = Wasserstein2(network, ConvexPotential(**init["potential"]["init_args"]))
+    module.load_state_dict(saved["state_dict"])
+    a = Shapes(**recipe["data"]["init_args"]).contexts("test")
+    with torch.no_grad():
+        b = module(a)
+    draw_maps(a, module.transport(a.x), b).savefig(file, dpi=100)
+
+
 def carried(module: CloudTransport, b: Tensor, a: Clouds, points: Tensor) -> Tensor:
     return torch.cat([module.carry(b, a, part[None])[0] for part in points.split(20_000)])
 
@@ -101,3 +126,4 @@ def carried(module: CloudTransport, b: Tensor, a: Clouds, points: Tensor) -> Ten
 if __name__ == "__main__":
     digits(Path(sys.argv[1], "transport_digits.png"))
     colours(Path(sys.argv[1], "transport_colours.jpg"))
+    maps(Path(sys.argv[1], "transport_maps.png"))

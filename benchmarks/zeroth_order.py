@@ -104,10 +104,9 @@ def neighbours(b: Tensor, a: Chain, reach: int = 2) -> Tensor:
 
 def noise(loss: Loss, at: Tensor, a: Chain, repeats: int) -> float:
     """The variance of the estimated gradient with respect to the prediction, relative to its squared mean; median row."""
-    found = []
+    predictor, found = BlackBoxInventory(network(0)), []
     for _ in range(repeats):
         b = at.clone().requires_grad_()
-        predictor = BlackBoxInventory(network(0))
         predictor.iterates = lambda a, b=b: [b]  # type: ignore[method-assign,misc]
         loss(predictor, a).sum().backward()
         found.append(b.grad)

@@ -19,6 +19,7 @@ from amortized.contract import Solved, leaves, take
 from amortized.losses import SumLoss
 from amortized.shipping.solutions import SolveOnce
 from amortized.solvers import ADMM, LBFGS
+from amortized.testing import check_problem
 
 RECIPE = """
 model: {class_path: toy.Quadratic}
@@ -177,6 +178,10 @@ def test_a_target_that_is_not_finite_reaches_no_gradient():
     assert value[1] == 0
     value.mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_problem_with_a_set_is_checked_without_it():
+    check_problem(Quadratic(loss=RegressionLoss()), of_set("not there"))
 
 
 # ---- made when it is needed

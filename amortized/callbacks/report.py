@@ -151,7 +151,8 @@ class Report(Callback):
             try:
                 if (figure := draw()) is not None:
                     path.parent.mkdir(exist_ok=True)
-                    figure.savefig(path, dpi=120, bbox_inches="tight")
+                    # Cut to what is drawn, which draws it twice, only where no layout has seen to that.
+                    figure.savefig(path, dpi=120, bbox_inches=None if figure.get_layout_engine() else "tight")
                     saved[name] = path
             except Exception as error:
                 path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from urllib.error import URLError
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from amortized.contexts.data_module import ContextDataModule, data_roots
 from amortized.contract import Context, ProblemError
@@ -132,10 +133,29 @@ class Images(ContextDataModule):
 
 def show(axes: Axes, pixels: Tensor, height: int | None = None) -> None:
     """Draw flat grey pixels in [0, 1] as an image: of that height, else as a square, else in one line."""
-    side = math.isqrt(len(pixels))
-    image = pixels.float().reshape(height or (side if side**2 == len(pixels) else 1), -1)
+    image = _shaped(pixels, height)
     aspect: Literal["equal", "auto"] = "equal" if len(image) > 1 else "auto"
     axes.imshow(image.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1, aspect=aspect)
+
+
+def show_lines(axes: Axes, lines: dict[str, Tensor], height: int | None = None) -> None:
+    """Draw lines of images ``(n, pixels)`` as :func:`show` does, each line with its name: in one picture, for axes are slow."""
+    images = _shaped(torch.stack(list(lines.values())), height)
+    framed = pad(images, (1, 1, 1, 1), value=0.1)
+    aspect: Literal["equal", "auto"] = "equal" if images.shape[2] > 1 else "auto"
+    mosaic = framed.transpose(1, 2).flatten(0, 1).flatten(1)
+    axes.imshow(mosaic.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1, aspect=aspect)
+    tall = framed.shape[2]
+    axes.set_yticks([tall * (k + 0.5) - 0.5 for k in range(len(lines))], list(lines), fontsize=8)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _shaped(pixels: Tensor, height: int | None) -> Tensor:
+    """Flat pixels ``(*, pixels)`` as images ``(*, height, width)``."""
+    side = math.isqrt(pixels.shape[-1])
+    return pixels.float().unflatten(-1, (height or (side if side**2 == pixels.shape[-1] else 1), -1))
 
 
 def unit(grey: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class BlackBox(Problem, Protocol):
     """An objective without a useful gradient: computed outside torch (a simulator), or constant almost everywhere.
 
     It says ``differentiable = False``, and is then trained, solved and certified by its values alone: losses and solvers that
-    follow gradients refuse it.
+    follow gradients refuse it. No solver here keeps constraints by values alone: put them into the objective, as a penalty.
     """
 
     differentiable: bool

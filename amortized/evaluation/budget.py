@@ -256,7 +256,7 @@ def measure_budget(
     warm: list[Curve] = []
     budget = Budget(forward, network, begun, cold, warm, "", math.nan, tol)
     for name, solver in rivals.items():
-        _trace(solver, search, take(a, slice(0, 2)), start[:2])  # warms up
+        _trace(solver, search, take(a, slice(0, 2)), start[:2], hopeless=_warm)
         for curves, point, y, value, before in (
             (cold, start, None, begun, 0.0),
             (warm, b, dual, network, forward + more),
@@ -307,6 +307,11 @@ def beaten(budget: Budget, curves: list[Curve]) -> Hopeless:
         return late and not bool((values < best - ROUNDING * best.abs()).any())
 
     return hopeless
+
+
+def _warm(seconds: float, evaluations: int, values: Tensor) -> bool:
+    """Whether a run has warmed up what the next one needs."""
+    return evaluations > 10
 
 
 class _Beaten(Exception):

@@ -25,6 +25,8 @@ class FixedPointLoss(Loss):
         ProblemError: if the problem has no ``update``.
     """
 
+    uses_gradient = False
+
     def __init__(self, steps: int = 5) -> None:
         if steps < 0:
             raise ValueError(f"FixedPointLoss: steps must not be negative; got {steps}")

@@ -22,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from torch.quasirandom import SobolEngine
 
 from amortized.contexts.data_module import ContextDataModule
-from amortized.contexts.images import show
+from amortized.contexts.images import show_lines
 from amortized.contract import Context, num_rows
 from amortized.module import AmortizedModule
 from amortized.posteriors import Posterior, standard_normal
@@ -163,11 +163,7 @@ class VAE(AmortizedModule):
             rows["first to\nlast"] = self.images(torch.lerp(z[:1], z[-1:], share))
         rows["prior"] = self.images(noise[0])
         figure = Figure(figsize=(0.9 * len(a) + 0.8, 0.95 * len(rows)), layout="constrained")
-        for line, (name, images) in zip(figure.subplots(len(rows), len(a), squeeze=False), rows.items(), strict=True):
-            line[0].set_ylabel(name, fontsize=8)
-            for axes, image in zip(line, images, strict=True):
-                show(axes, image, self.height)
-                axes.set(xticks=[], yticks=[])
+        show_lines(figure.subplots(), rows, self.height)
         return figure
 
 

@@ -98,17 +98,17 @@ class Completion(Solver):
         allowed, best = feasibility_tol(rows.problem) / 2, b.clone()
         least = rows.worst(b, a)
         place = (least > allowed).nonzero()[:, 0]
-        at, here = b[place], take(a, place)
+        at, here, before = b[place], take(a, place), least[place]
         for _ in range(self.corrections):
             if not len(place):
                 break
-            # A step may make it worse, as what it left out is curvature: the next one then starts nearer.
             at = rows.completed(at + rows.correction(at, here, self.margin), here, self.steps, self._tol(b))[0]
             off = torch.maximum(rows.worst(at, here), rows.error(at, here))
             better = off < least[place]
             best[place[better]], least[place[better]] = at[better], off[better]
-            index = ((off > allowed) & off.isfinite()).nonzero()[:, 0]
-            place, at, here = place[index], at[index], take(here, index)
+            # Rows that a step made worse have, as a rule, nothing feasible in reach; the others it brings there in one or two.
+            index = ((off > allowed) & (off < before)).nonzero()[:, 0]
+            place, at, here, before = place[index], at[index], take(here, index), off[index]
         return best
 
 
