@@ -26,6 +26,9 @@ from benchmarks.train_step import Fit
 TOGETHER = 10
 """Updates in a turn."""
 
+REST = 0.1
+"""Seconds between turns: XLA's threads look for work for a while, at the expense of who comes next."""
+
 
 class Goal(NamedTuple):
     """What ours, compiled, must reach, as a ratio of speeds."""
@@ -67,6 +70,7 @@ class Turns(Callback):
             with torch.enable_grad():
                 run()
             self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+            time.sleep(REST)
         self._ended = time.perf_counter()
 
     def median(self, name: str) -> float:
