@@ -167,11 +167,10 @@ def predictive() -> GaussianProcessRegression:
 
 
 def prototypes(name: str, ways: int = 5) -> FewShotClassification:
-    refine = GradientDescent(2, lr=0.01, learn_lr=True) if name == "glyphs" else None
-    channels = (8, 16, 32, 32) if name == "glyphs" else (16, 32, 64, 64)
-    return trained(
-        FewShotClassification(Prototypes(ways), Template(ConvBlocks(28, ways, channels), "last"), refine=refine), name
-    )
+    model = checkpoint.load(FOLDER / f"{name}.ckpt")[checkpoint.RECIPE]["model"]["init_args"]
+    blocks = model["template"]["init_args"]["model"]["init_args"] | {"out_features": ways}
+    refine = GradientDescent(**model["refine"]["init_args"]) if model.get("refine") else None
+    return trained(FewShotClassification(Prototypes(ways), Template(ConvBlocks(**blocks), "last"), refine=refine), name)
 
 
 def gaussian_processes(tasks: int) -> list[dict[str, Any]]:
@@ -186,7 +185,7 @@ def characters(name: str, data: type[CharacterTasks], tasks: int, goal: float | 
     rows = []
     for ways, shots in ((5, 1), (5, 5), (20, 1), (20, 5)):
         module = prototypes(name, ways)
-        set_ = data(ways=ways, shots=shots, num_test=tasks if ways == 5 else tasks // 4, eval_batch_size=100)
+        set_ = data(ways=ways, shots=shots, num_test=tasks if ways == 5 else tasks // 4, eval_batch_size=100 // ways)
         found: dict[str, list[Tensor]] = {}
         for number in range(set_.num_batches("test")):
             a = set_.batch("test", number)

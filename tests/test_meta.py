@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import affine_grid, grid_sample
 
 from amortized.cli.app import main
 from amortized.contract import ProblemError, evaluate, map_leaves, take, value_and_grad
@@ -27,7 +28,9 @@ from amortized.problems import (
     Template,
 )
 from amortized.problems.meta import generalization
+from amortized.problems.meta.characters import framed
 from amortized.solvers import LBFGS, GradientDescent, Implicit
+from amortized.testing import equal
 
 
 def images(ways=3):
@@ -301,6 +304,59 @@ def test_glyphs_are_split_by_script():
 def test_evaluation_tasks_are_the_same_in_any_batch():
     one, all_ = Glyphs(num_val=4, eval_batch_size=1), Glyphs(num_val=4)
     assert torch.equal(one.batch("val", 2).query_x, all_.batch("val", 0).query_x[2:3])
+
+
+def test_training_tasks_may_have_more_classes():
+    data = Glyphs(ways=5, train_ways=12, queries=2, batch_size=3, num_val=3)
+    train_, val = data.batch("train", 0), data.batch("val", 0)
+    assert train_.support_y.tolist() == 3 * [list(range(12))]
+    assert val.support_y.tolist() == 3 * [list(range(5))]
+    assert equal(val, Glyphs(ways=5, queries=2, num_val=3).batch("val", 0))
+    with pytest.raises(ValueError, match=r"train_ways must be at least data.ways, 5; got 3"):
+        Glyphs(train_ways=3)
+
+
+def test_prototypes_leave_out_classes_without_an_example():
+    torch.manual_seed(0)
+    a = Glyphs(num_val=4).batch("val", 0)
+    narrow = FewShotClassification(Prototypes(5), Template(ConvBlocks(28, 5, [8, 8]), "last"))
+    wide = FewShotClassification(Prototypes(9), Template(ConvBlocks(28, 9, [8, 8]), "last"))
+    wide.template.base.load_state_dict(narrow.template.base.state_dict())
+    torch.testing.assert_close(wide.objective(wide(a), a), narrow.objective(narrow(a), a))
+    assert torch.equal(wide.classes(wide(a), a), narrow.classes(narrow(a), a))
+
+
+def test_views_of_an_image_are_averaged_in_evaluation_alone():
+    torch.manual_seed(0)
+    with_, without = ConvBlocks(28, 3, [8, 8], views=True), ConvBlocks(28, 3, [8, 8])
+    without.load_state_dict(dict(zip(without.state_dict(), with_.state_dict().values(), strict=True)))
+    x = Glyphs(num_val=2).batch("val", 0).support_x[0]
+    assert torch.equal(with_(x), without(x))
+    with_.eval()
+    views = with_[2](x.unsqueeze(1))
+    assert views.shape == (9 * len(x), 1, 28, 28)
+    torch.testing.assert_close(views[::9], x.unsqueeze(1))
+    torch.testing.assert_close(with_(x), without(views).view(len(x), 9, 3).mean(1))
+    assert with_(x[:0]).shape == (0, 3)
+    turned = grid_sample(
+        x[None], affine_grid(with_[2].maps[1:2], [1, len(x), 28, 28], align_corners=False), align_corners=False
+    )
+    assert (with_(turned[0]) - with_(x)).norm() < (without(turned[0]) - without(x)).norm()
+
+
+def test_drawings_are_framed():
+    strokes = torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
+    strokes[0, 0, 3:14, 2] = strokes[0, 0, 13, 2:13] = 255
+    strokes[1, 0, 4:22, 8] = strokes[1, 0, 21, 8:26] = 255
+    again = framed(framed(strokes))
+    place = (2 * torch.arange(28) + 1) / 28 - 1
+    for image in (framed(strokes)[:2, 0] / 255, again[:2, 0] / 255):
+        ink = image.sum((1, 2))
+        middle = torch.stack([(image.sum(axis) * place).sum(1) / ink for axis in (1, 2)])
+        assert middle.abs().max() < 0.02
+        apart = (image * (place**2 + place.unsqueeze(1) ** 2)).sum((1, 2)) / ink
+        assert ((apart.sqrt() - 0.45).abs() < 0.03).all()
+    assert not again[2].any()
 
 
 def test_omniglot_says_where_its_file_should_be(tmp_path):

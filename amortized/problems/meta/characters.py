@@ -46,6 +46,8 @@ class CharacterTasks(ContextDataModule, abc.ABC):
         ways: N, characters in a task.
         shots: K, examples of each.
         queries: Q, further images of each.
+        train_ways: characters in a training task, N unless it is given; the model has as many classes. More make each image
+            of a batch tell more: training is against all of them, evaluation stays as it is.
         distortion: of training images: 1 turns and shears by up to 0.3, scales by 20 %, moves by 2 pixels; 0: none.
         **kwargs: see :class:`~amortized.ContextDataModule`.
 
@@ -53,12 +55,23 @@ class CharacterTasks(ContextDataModule, abc.ABC):
         ValueError: if a number is out of its range.
     """
 
-    def __init__(self, ways: int = 5, shots: int = 1, queries: int = 5, distortion: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 5,
+        distortion: float = 1.0,
+        train_ways: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        if train_ways is not None and train_ways < ways:
+            raise ValueError(f"data.train_ways must be at least data.ways, {ways}; got {train_ways}")
         for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("distortion", 0)):
             if locals()[name] < least:
                 raise ValueError(f"data.{name} must be at least {least}; got {locals()[name]}")
         self.ways, self.shots, self.queries, self.distortion = ways, shots, queries, distortion
+        self.train_ways = ways if train_ways is None else train_ways
 
     @abc.abstractmethod
     def images(self, split: str) -> Tensor:
@@ -72,7 +85,7 @@ class CharacterTasks(ContextDataModule, abc.ABC):
     def sample(self, n: int, generator: torch.Generator) -> CharacterTask:
         if self.training_images.device != generator.device:
             self.training_images = self.training_images.to(generator.device)
-        a = self.draw_tasks(self.training_images, n, generator)
+        a = self.draw_tasks(self.training_images, n, generator, self.train_ways)
         if not self.distortion:
             return a
         return a._replace(support_x=self.distort(a.support_x, generator), query_x=self.distort(a.query_x, generator))
@@ -80,20 +93,20 @@ class CharacterTasks(ContextDataModule, abc.ABC):
     def contexts(self, split: str) -> _Tasks | None:
         return None if split == "train" else _Tasks(self, self.images(split), split, self.num_rows[split])
 
-    def draw_tasks(self, images: Tensor, n: int, generator: torch.Generator) -> CharacterTask:
-        """Tasks of characters ``(C, hands, 28, 28)``; no image is in a task twice."""
+    def draw_tasks(self, images: Tensor, n: int, generator: torch.Generator, ways: int) -> CharacterTask:
+        """Tasks of ``ways`` characters, from those of images ``(C, hands, 28, 28)``; no image is in a task twice."""
         characters, hands = images.shape[:2]
         each = self.shots + self.queries
-        if characters < self.ways or hands < each:
+        if characters < ways or hands < each:
             raise ProblemError(
-                f"{type(self).__name__} has {characters} characters in {hands} hands; tasks of {self.ways} with {self.shots} + "
+                f"{type(self).__name__} has {characters} characters in {hands} hands; tasks of {ways} with {self.shots} + "
                 f"{self.queries} images each need more: lower data.ways, data.shots or data.queries"
             )
         options: Any = {"generator": generator, "device": generator.device}
-        which = torch.rand(n, characters, **options).topk(self.ways).indices
-        hand = torch.rand(n, self.ways, hands, **options).topk(each).indices
+        which = torch.rand(n, characters, **options).topk(ways).indices
+        hand = torch.rand(n, ways, hands, **options).topk(each).indices
         drawn = images[which.unsqueeze(2), hand].float() / 255
-        label = torch.arange(self.ways, device=generator.device).view(1, -1, 1).expand(n, -1, each)
+        label = torch.arange(ways, device=generator.device).view(1, -1, 1).expand(n, -1, each)
         (support_x, query_x), (support_y, query_y) = (
             (part.flatten(1, 2) for part in whole.split([self.shots, self.queries], 2)) for whole in (drawn, label)
         )
@@ -121,15 +134,15 @@ class _Tasks(Dataset):
 
     def __getitem__(self, row: int) -> CharacterTask:
         generator = torch.Generator().manual_seed(stream_seed(self.data.seed, self.split, row))
-        return CharacterTask(*(leaf[0] for leaf in self.data.draw_tasks(self.images, 1, generator)))
+        return CharacterTask(*(leaf[0] for leaf in self.data.draw_tasks(self.images, 1, generator, self.data.ways)))
 
 
 class Omniglot(CharacterTasks):
     """Handwritten characters of ``omniglot_small_28.npz``: 242 of 8 alphabets by 20 people.
 
     Training has Greek, Japanese (katakana), Korean, Latin and Sanskrit (179 characters, 716 with those turned),
-    validation Tagalog (17), the test Balinese and Early Aramaic (46). The file is looked for in the folder
-    ``omniglot`` of the directory that the environment variable ``AMORTIZED_DATA`` names, and of
+    validation Tagalog (17), the test Balinese and Early Aramaic (46). Drawings are :func:`framed`. The file is looked
+    for in the folder ``omniglot`` of the directory that the environment variable ``AMORTIZED_DATA`` names, and of
     ``~/.cache/amortized``: ``images`` ``(C, 20, 28, 28)`` bytes with ink high, and ``alphabet`` ``(C,)``.
 
     Source: Lake, Salakhutdinov & Tenenbaum (2015), *Human-level concept learning through probabilistic program induction*.
@@ -163,7 +176,24 @@ class Omniglot(CharacterTasks):
             raise ProblemError(f"{path} is no readable .npz file with arrays 'images' and 'alphabet'") from error
         held = np.isin(alphabet, [name for part in self.HELD_OUT.values() for name in part])
         chosen = ~held if split == "train" else np.isin(alphabet, self.HELD_OUT[split])
-        return torch.from_numpy(images[chosen])
+        return framed(torch.from_numpy(images[chosen]))
+
+
+def framed(images: Tensor) -> Tensor:
+    """Drawings with their ink around the middle and of one size, as those of MNIST are; bytes ``(C, hands, side, side)``.
+
+    The root mean square distance of the ink from its mean becomes 0.45 half widths, by a factor between 0.77 and 2.
+    """
+    x = images.flatten(0, 1).unsqueeze(1).float()
+    place = (2 * torch.arange(x.shape[-1]) + 1) / x.shape[-1] - 1
+    ink = x.sum((1, 2, 3)).clamp(min=1)
+    columns, rows = x.sum((1, 2)), x.sum((1, 3))
+    right, down = ((part * place).sum(1) / ink for part in (columns, rows))
+    apart = (columns * (place - right.unsqueeze(1)) ** 2 + rows * (place - down.unsqueeze(1)) ** 2).sum(1) / ink
+    factor, zero = (apart.sqrt() / 0.45).clamp(0.5, 1.3), torch.zeros_like(ink)
+    maps = torch.stack([factor, zero, right, zero, factor, down], 1).unflatten(1, (2, 3))
+    moved = grid_sample(x, affine_grid(maps, list(x.shape), align_corners=False), align_corners=False)
+    return moved.round().byte().view_as(images)
 
 
 class Glyphs(CharacterTasks):

@@ -62,6 +62,7 @@ class Prototypes(nn.Module):
     """``w_k = 2 s c_k, v_k = -s |c_k|^2``, with c_k the mean of class k: the linear layer that decides by the nearest mean.
 
     Its logits are ``-s |x - c_k|^2`` but for what all classes share; the scale s is learned. For a template with ``adapt: last``.
+    A class without an example has a logit of -1000: tasks may have fewer classes than the model.
 
     Source: Snell, Swersky & Zemel (2017), *Prototypical networks for few-shot learning*, section 2.4.
 
@@ -78,6 +79,7 @@ class Prototypes(nn.Module):
     def forward(self, a: Embedded) -> Tensor:
         x = a.support_x.flatten(2)
         member = nn.functional.one_hot(a.support_y.long(), self.ways).to(x) * a.support_mask.unsqueeze(2)
-        c = (member / member.sum(1, keepdim=True).clamp(min=1)).mT @ x
+        count = member.sum(1)
+        c = (member / count.unsqueeze(1).clamp(min=1)).mT @ x
         s = self.log_scale.exp() / x.shape[2]
-        return torch.cat([2 * s * c.flatten(1), -s * c.square().sum(2)], 1)
+        return torch.cat([2 * s * c.flatten(1), torch.where(count > 0, -s * c.square().sum(2), -1000.0)], 1)
