@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import OneCycleLR
 from torchmetrics import MeanMetric
 
 from amortized import checkpoint as checkpoints
@@ -239,6 +240,21 @@ class AmortizedModule(LeanModule, abc.ABC):
         if isinstance(data, ContextDataModule):
             return data.position - (self.trainer.world_size - self.trainer.global_rank) * together + k
         return batch_idx * together + k
+
+    def on_train_start(self) -> None:
+        """Refuses a schedule that ends before the training does, now and not at its last step; an override calls this too."""
+        for config in self.trainer.lr_scheduler_configs:
+            total, done = getattr(config.scheduler, "total_steps", 0), config.scheduler.last_epoch
+            needed = done + self.trainer.max_steps - self.trainer.global_step
+            if isinstance(config.scheduler, OneCycleLR) and self.trainer.max_steps > 0 and needed > total:
+                raise ProblemError(
+                    f"OneCycleLR ends at step {total} (total_steps), and training goes to step {self.trainer.max_steps}: "
+                    + (
+                        "a schedule that was begun cannot be prolonged: start anew from the weights, with --init_from RUN"
+                        if done
+                        else f"write --model.scheduler.total_steps {self.trainer.max_steps}"
+                    )
+                )
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Lets no update through that is not finite; an override calls this too."""

@@ -350,6 +350,17 @@ def test_constraints_of_another_shape_are_told(at, name, shown):
     )
 
 
+def test_constraints_that_mix_rows_are_told():
+    model = Constant(Disc(), [0.1, 0.2])
+    radius = model.inequality
+    model.inequality = lambda b, a: radius(b, a) - b[:, 0]  # (B, 1) - (B,): a row for each column
+    with pytest.raises(ProblemError, match="Constant.inequality mixes rows: row 0 changes with the other rows"):
+        model.check(torch.zeros(5, 2, dtype=D))
+    model.inequality = lambda b, a: radius(b, a) + a.mean()
+    with pytest.raises(ProblemError, match="Constant.inequality mixes rows"):
+        model.check(torch.arange(10, dtype=D).view(5, 2))
+
+
 def test_an_augmented_lagrangian_in_single_precision_ends_feasible():
     a = torch.tensor([[2.0, 0.5], [0.2, 0.3], [-1.0, 3.0]])
     for problem in (Sphere(), Disc()):

@@ -14,6 +14,7 @@ from test_checkpoints import FIT, refusal
 
 import amortized
 from amortized.cli.app import main
+from amortized.cli.ship import checkpoint_of
 from amortized.shipping.production import share
 
 
@@ -124,6 +125,11 @@ def test_what_does_not_fit_is_refused_in_one_line(ckpt, capsys):
         capsys, "solve", "-c", "vae_fashion", "--contexts=1", "--out=new"
     )
     assert "holds a Quadratic, sphere asks for a Sphere" in refusal(capsys, *solve(ckpt, "new", "-c", "sphere"))
+
+
+def test_the_config_of_a_run_says_which_model(ckpt, monkeypatch):
+    monkeypatch.chdir(ckpt.parent.parent.parent)
+    assert checkpoint_of("run/config.yaml", None).name == ckpt.name
 
 
 def test_torchrun_and_slurm_say_which_share_it_is(monkeypatch):

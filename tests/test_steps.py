@@ -11,6 +11,7 @@ from lightning import Callback, Trainer
 from toy import Gaussians, Quadratic
 
 from amortized.callbacks import Checkpoint
+from amortized.contract import ProblemError
 
 COUNTED = ("context batches", "training steps", "updates", "scheduler", "validations after step", "checkpoints of step")
 
@@ -57,6 +58,23 @@ class Count(Callback):
         }
         if trainer.is_global_zero:
             Path("found.yaml").write_text(yaml.safe_dump(found))
+
+
+def test_a_one_cycle_schedule_that_ends_before_training_is_refused_at_its_start():
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    schedule = lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=3)  # noqa: E731
+    data = Gaussians(batch_size=8, num_val=8, num_test=8)
+
+    def fit(steps, **given):
+        trainer = Trainer(max_steps=steps, accelerator="cpu", default_root_dir="run", **off)
+        trainer.fit(Quadratic(scheduler=schedule), data, **given)
+        return trainer
+
+    with pytest.raises(ProblemError, match="ends at step 3 .* to step 4: write --model.scheduler.total_steps 4"):
+        fit(4)
+    fit(3).save_checkpoint("end.ckpt")
+    with pytest.raises(ProblemError, match="cannot be prolonged: start anew from the weights, with --init_from RUN"):
+        fit(4, ckpt_path="end.ckpt")
 
 
 @pytest.mark.parametrize("row", table(), ids=lambda row: "-".join(map(str, list(row.values())[:6])))

@@ -62,7 +62,8 @@ def checkpoint_of(recipe: str | None, given: str | None) -> Path:
         return find(str(given))
     config = Path(resolve_recipe(recipe))
     name = config.stem
-    path = find(given) if given not in (None, "last") else _last(name, reference=given is None)
+    own = checkpoint.newest(config.parent).path if config.name == "config.yaml" else None  # of the run that wrote it
+    path = find(given) if given not in (None, "last") else own or _last(name, reference=given is None)
     wanted = full_names(yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("model") or {}
     held = checkpoint.recipe_in(path, checkpoint.load(path))["model"]["class_path"]
     if "class_path" in wanted and not same_class(held, wanted["class_path"]):

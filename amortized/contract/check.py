@@ -116,7 +116,7 @@ def check_objective(problem: Problem, b: Tensor, a: Context) -> None:
 
 
 def check_constraints(problem: Problem, b: Tensor, a: Context) -> None:
-    """Check that ``equality`` and ``inequality``, where the problem has them, return ``(B, p)``.
+    """Check that ``equality`` and ``inequality``, where the problem has them, return ``(B, p)``, and that no row sees another.
 
     Raises:
         ProblemError: with what was given, and what to write instead.
@@ -135,6 +135,13 @@ def check_constraints(problem: Problem, b: Tensor, a: Context) -> None:
                 f"{type(problem).__name__}.{name}(b, a) must return the constraints of each row, shape ({len(b)}, number); got "
                 f"{shape}: {mend}"
             )
+        if len(b) > 1:
+            few = len(b) // 2
+            with torch.no_grad():
+                alone = getattr(problem, name)(b[:few], take(a, slice(0, few)))
+            whole = value[:few]
+            if alone.shape != whole.shape or ((alone - whole).abs() > 1e-3 * (1 + whole.abs())).any():
+                raise ProblemError(_mixes(f"{type(problem).__name__}.{name}", 0, None))
 
 
 def check_support(problem: Any, a: Context) -> None:

@@ -137,6 +137,7 @@ class NeuralPosterior(AmortizedModule):
 
     def on_train_start(self) -> None:
         """Learn how to standardise, unless a checkpoint said it."""
+        super().on_train_start()
         if bool(self.standardised):
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
