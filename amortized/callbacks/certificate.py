@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,10 @@ class CertificateMonitor(Callback):
     def lines(self) -> list[tuple[str, str]]:
         """Labels and values for the table."""
         r = self.results
-        share = f"{1 - r['alpha']:.0%} of contexts" if r["kind"] == "conformal" else "every context"
+        share = "every context"
+        if r["kind"] == "conformal":  # of another calibration the share would be another one
+            chance = 1.96 * math.sqrt(r["alpha"] * (1 - r["alpha"]) / max(r["calibrated_on"], 1))
+            share = f"{1 - r['alpha']:.0%} ± {chance:.0%} of contexts"
         label = f"certificate, {r['kind']}, {share}: median"
         median = r["median"]
         return [
