@@ -10,7 +10,7 @@ from amortized.contract import evaluate
 from amortized.losses import FixedPointLoss
 from amortized.networks import MLP
 from amortized.problems import Classification, Equilibrium, EquilibriumState, Images, LabelledDigits
-from amortized.solvers import Anderson
+from amortized.solvers import Anderson, LearnedAnderson
 
 
 def model(features=12, tol=1e-10, **kwargs):
@@ -78,3 +78,45 @@ def test_a_learned_start_saves_applications_of_the_map():
     assert warm.iterations.double().mean() < 0.75 * cold.iterations.double().mean()
     torch.testing.assert_close(evaluate(state, made.solve(a).b, a), torch.zeros(128).double(), atol=1e-15, rtol=0)
     assert not any(p.requires_grad for p in made.parameters())
+
+
+class Affine:
+    """``T(b; a) = M b + a``, M symmetric with eigenvalues in [-0.3, 0.97]."""
+
+    def __init__(self):
+        g = torch.Generator().manual_seed(0)
+        turn = torch.linalg.qr(torch.randn(20, 20, generator=g).double())[0]
+        self.m = (turn * torch.linspace(-0.3, 0.97, 20).double()) @ turn.mT
+
+    def update(self, b, a):
+        return b @ self.m + a
+
+    def off(self, b, a):
+        return (self.update(b, a) - b).norm(dim=1)
+
+
+def test_learned_anderson_starts_as_anderson_and_learns_to_end_nearer():
+    problem = Affine()
+    g = torch.Generator().manual_seed(1)
+    train, test = (torch.randn(256, 20, generator=g).double() for _ in range(2))
+    start = torch.zeros_like(test)
+    solver = LearnedAnderson(steps=8, memory=3, regularization=1e-12).double()
+    b, points, residuals = start[0], [], []
+    for _ in range(8):  # by hand
+        f = problem.update(b, test[0]) - b
+        dx, df = (torch.stack([v - u for u, v in zip(x[-4:], x[-4:][1:], strict=False)] or [0 * f], 1)
+                  for x in ([*points, b], [*residuals, f]))  # fmt: skip
+        points, residuals = [*points, b], [*residuals, f]
+        b = b + f - (dx + df) @ torch.linalg.lstsq(df, f.unsqueeze(1)).solution[:, 0]
+    torch.testing.assert_close(list(solver.iterates(problem, test[:1], start[:1]))[-1][0], b, rtol=1e-5, atol=1e-7)
+    before = problem.off(list(solver.iterates(problem, test, start))[-1], test).mean()
+    optimizer = torch.optim.Adam(solver.parameters(), 0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        problem.off(list(solver.iterates(problem, train, start))[-1], train).mean().backward()
+        optimizer.step()
+    after = problem.off(list(solver.iterates(problem, test, start))[-1], test).mean()
+    assert after < 0.9 * before
+    assert solver.solve(problem, test, start).converged.all()
+    with pytest.raises(ValueError, match="memory and regularization must be positive, got 0 and"):
+        LearnedAnderson(memory=0)

@@ -1,12 +1,23 @@
+import math
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
 from toy import Pair, Quadratic
 
-from amortized import HardContexts, IterateLoss, LogObjectiveLoss, ObjectiveLoss, ProblemError, RegressionLoss
+from amortized import (
+    AmortizedModule,
+    HardContexts,
+    IterateLoss,
+    LogObjectiveLoss,
+    ObjectiveLoss,
+    ProblemError,
+    RegressionLoss,
+)
 from amortized.contract import row_hashes
-from amortized.losses import SumLoss
+from amortized.losses import MixtureLoss, SumLoss
+from amortized.networks import MLP, Mixture
 from amortized.solvers import LBFGS, GradientDescent, Solver
 
 
@@ -129,3 +140,56 @@ def test_a_new_loss_needs_nothing_of_the_core():
 def test_solver_is_abstract():
     with pytest.raises(TypeError):
         Solver()
+
+
+class Roots(AmortizedModule):
+    """``(b^2 - a^2)^2``: a context has the solutions a and -a; its target is one of them."""
+
+    def observe(self, a):
+        return a.x
+
+    def objective(self, b, a):
+        return (b.square() - a.x.square()).square().sum(1)
+
+
+class Solved(NamedTuple):
+    x: torch.Tensor
+    target: torch.Tensor
+
+
+def test_a_mixture_learns_one_of_several_solutions_where_regression_learns_their_mean():
+    torch.manual_seed(0)
+    x = 0.5 + torch.rand(512, 1)
+    sign = torch.randint(0, 2, (512, 1)) * 2 - 1
+    a, held_out = Solved(x, sign * x), Solved(x := 0.5 + torch.rand(256, 1), x)
+    mixture = Roots(Mixture(MLP(1, 4, [32]), components=2), loss=MixtureLoss("target", sigma=0.2))
+    one = Roots(MLP(1, 1, [32]), loss=RegressionLoss("target"))
+    gap = {}
+    for name, model in (("mixture", mixture), ("one", one)):
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        for _ in range(300):
+            optimizer.zero_grad()
+            model.amortized_step(a).mean().backward()
+            optimizer.step()
+        gap[name] = float(model.objective(model(held_out), held_out).mean())
+    assert gap["mixture"] < 0.02 < 0.5 < gap["one"]
+    weight, b = mixture.network.mixture(held_out.x)
+    torch.testing.assert_close(b[:, 0], -b[:, 1], atol=0.1, rtol=0)
+    torch.testing.assert_close(weight.exp(), torch.full((256, 2), 0.5), atol=0.15, rtol=0)
+
+
+def test_a_mixture_s_loss_by_hand():
+    class Two(nn.Module):
+        def mixture(self, a):
+            return torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[[1.0], [3.0]]])
+
+    model = Roots(Two())
+    nan = float("nan")
+    terms = [-math.log(0.25 * math.exp(-u / 2) + 0.75 * math.exp(-v / 2)) for u, v in ((1, 1), (0, 4))]
+    for target, expected in (([2.0], terms[0]), ([1.0], terms[1]), ([[2.0], [1.0], [nan]], sum(terms) / 2)):
+        a = Solved(torch.ones(1, 1), torch.tensor([target]))
+        assert float(MixtureLoss("target", sigma=1.0)(model, a)) == pytest.approx(expected)
+    with pytest.raises(ProblemError, match="needs a network of several predictions"):
+        MixtureLoss("target")(Roots(MLP(1, 1)), a)
+    with pytest.raises(ValueError, match=r"K = 3 solutions of n numbers with a weight each; got 4"):
+        Mixture(MLP(1, 4), 3)(torch.ones(1, 1))

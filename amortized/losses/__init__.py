@@ -7,6 +7,7 @@ The names are those of Amos, *Tutorial on amortized optimization* (2023), sectio
 from amortized.losses.distances import KL, Angle, Chamfer, Distance, Euclidean, Matching
 from amortized.losses.fixed_point import FixedPointLoss
 from amortized.losses.hard_contexts import HardContexts
+from amortized.losses.mixture import MixtureLoss
 from amortized.losses.objective import IterateLoss, LogObjectiveLoss, Loss, ObjectiveLoss
 from amortized.losses.penalty import PenaltyLoss
 from amortized.losses.primal_dual import KKTLoss, PrimalDualLoss
@@ -28,6 +29,7 @@ __all__ = [
     "Loss",
     "Matching",
     "ObjectiveLoss",
+    "MixtureLoss",
     "PenaltyLoss",
     "PrimalDualLoss",
     "RegressionLoss",

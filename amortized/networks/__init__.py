@@ -3,6 +3,7 @@
 from amortized.networks.convolutional import ConvBlocks, ConvDecoder, ConvEncoder
 from amortized.networks.initialization import LearnedInitialization
 from amortized.networks.message_passing import MessagePassing
+from amortized.networks.mixture import Mixture
 from amortized.networks.mlp import MLP, ResidualMLP
 from amortized.networks.pretrained import Pretrained
 from amortized.networks.series import Recurrent
@@ -16,6 +17,7 @@ __all__ = [
     "DeepSet",
     "LearnedInitialization",
     "MessagePassing",
+    "Mixture",
     "Pretrained",
     "Recurrent",
     "ResidualMLP",

@@ -53,7 +53,7 @@ from amortized.solvers.structured.admm import ADMM
 from amortized.solvers.structured.augmented_lagrangian import AugmentedLagrangian
 from amortized.solvers.structured.completion import Completion
 from amortized.solvers.structured.fista import FISTA
-from amortized.solvers.structured.fixed_point import Anderson
+from amortized.solvers.structured.fixed_point import Anderson, LearnedAnderson
 from amortized.solvers.structured.interior_point import InteriorPoint
 from amortized.solvers.structured.projected_gradient import ProjectedGradient
 from amortized.solvers.tune import tune
@@ -84,6 +84,7 @@ __all__ = [
     "GradientSolver",
     "Implicit",
     "InteriorPoint",
+    "LearnedAnderson",
     "LearnedUpdate",
     "MultiStart",
     "Newton",

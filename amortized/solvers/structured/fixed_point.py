@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amortized.contract import Context, FixedPoint
 from amortized.solvers.base import Optimality, Solution
@@ -91,7 +92,7 @@ class Anderson(RowSolver):
         """One application of the map to every row, and the mix that follows."""
         state = rows.state
         f, residual, value = self._evaluated(problem, a, state.b, shape)
-        ahead, points, residuals, fresh = self._mix(state, f)
+        ahead, points, residuals, fresh = self._mix(state, f, self.damping, self.regularization)
         over = ((residual > 10 * rows.residual) | ~residual.isfinite()) & (self.memory > 0)
         # Back to the best point, with nothing remembered: its own residual is looked at again.
         back = over.unsqueeze(1)
@@ -108,8 +109,10 @@ class Anderson(RowSolver):
             rows, rows.state.b, value, residual, state, state.iterations, merit=residual, recovers=self.memory > 0
         )
 
-    def _mix(self, state: AndersonState, f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        m, beta = self.memory, self.damping
+    def _mix(
+        self, state: AndersonState, f: Tensor, beta: float | Tensor, regularization: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        m = self.memory
         if not m:
             return state.b + beta * f, state.points, state.residuals, state.fresh
         fits = (torch.arange(m, device=f.device) == (state.fresh % m).unsqueeze(1)) & (state.fresh >= 0).unsqueeze(1)
@@ -117,7 +120,7 @@ class Anderson(RowSolver):
         points = torch.where(here, (state.b - state.last).unsqueeze(1), state.points)
         residuals = torch.where(here, (f - state.last_residual).unsqueeze(1), state.residuals)
         gram = residuals @ residuals.mT
-        ridge = self.regularization * gram.diagonal(dim1=1, dim2=2).sum(1) + torch.finfo(f.dtype).tiny
+        ridge = regularization * gram.diagonal(dim1=1, dim2=2).sum(1) + torch.finfo(f.dtype).tiny
         gram = gram + ridge[:, None, None] * torch.eye(m, dtype=f.dtype, device=f.device)
         gamma, _ = torch.linalg.solve_ex(gram, residuals @ f.unsqueeze(2))
         move = (points + beta * residuals).mT @ gamma
@@ -139,3 +142,55 @@ class Anderson(RowSolver):
             return (b - problem.update(b, a)).flatten(1)
 
         return Optimality(residual, found.b.flatten(1))
+
+
+class LearnedAnderson(Anderson):
+    r"""Anderson acceleration as a ``refine``: each step has a damping β and a regularization of its own, which learn.
+
+    :meth:`iterates` are the accelerated ones, and differentiable; :meth:`solve` is :class:`Anderson`'s. Over few steps a mix that
+    is best for the next one (small regularization) is not the best for the last one, which is what a loss sees.
+
+    Source: Bai, Koltun & Kolter (2022), *Neural deep equilibrium solvers*, where a network predicts the mix; here it is that of
+    least squares, in two learned numbers a step.
+
+    Args:
+        steps: applications of T; the number of iterates.
+        memory: m, the changes kept, at least 1.
+        damping: that each step starts from.
+        regularization: that each step starts from.
+        tol: residual at which a row is finished in :meth:`solve`; None chooses by dtype.
+        chunk: rows at work at a time; None for all.
+
+    Raises:
+        ValueError: if ``damping``, ``regularization`` or ``memory`` is out of range.
+    """
+
+    def __init__(
+        self,
+        steps: int = 10,
+        memory: int = 5,
+        damping: float = 1.0,
+        regularization: float = 1e-4,
+        tol: float | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__(steps, memory, damping, regularization, tol, chunk)
+        if memory < 1 or regularization <= 0:
+            raise ValueError(f"memory and regularization must be positive, got {memory} and {regularization}")
+        self.log_damping = nn.Parameter(torch.full((steps,), math.log(damping)))
+        self.log_regularization = nn.Parameter(torch.full((steps,), math.log(regularization)))
+
+    def _iterates(self, problem: FixedPoint, a: Context, b: Tensor) -> Iterator[Tensor]:
+        """As :meth:`Solver.iterates`, accelerated."""
+        state: AndersonState | None = None
+        at, none = b.flatten(1), torch.zeros(len(b), dtype=torch.int32, device=b.device)
+        changes = at.new_zeros(len(at), self.memory, at.shape[1])
+        for beta, regularization in zip(self.log_damping.exp(), self.log_regularization.exp(), strict=True):
+            f = problem.update(at.view(b.shape), a).flatten(1) - at
+            if state is None:  # nothing to mix with yet
+                state = AndersonState(at + beta * f, at, f, changes, changes, none, none)
+            else:
+                ahead, points, residuals, fresh = self._mix(state, f, beta, regularization)
+                state = AndersonState(ahead, at, f, points, residuals, none, fresh)
+            at = state.b
+            yield at.view(b.shape)
