@@ -45,6 +45,15 @@ def last(fitted):
     return LAST
 
 
+def test_a_run_killed_between_its_best_checkpoint_and_its_last_has_both_in_the_end(last):
+    expected = torch.load(last, weights_only=True)["state_dict"]
+    last.rename(last.with_name("best.ckpt"))
+    main([*FIT, "--ckpt_path=run"])
+    found = torch.load(last, weights_only=True)
+    assert found["global_step"] == 20
+    assert all(torch.equal(weight, expected[name]) for name, weight in found["state_dict"].items())
+
+
 def refusal(capsys, *args):
     """The one line on standard error with which the command line refuses."""
     capsys.readouterr()

@@ -24,7 +24,7 @@ def differences(saved: Any, given: Any, at: str = "") -> list[str]:
         if "class_path" in saved and "class_path" in given:
             if not same_class(saved["class_path"], given["class_path"]):
                 return differences(saved["class_path"], given["class_path"], f"{at}.class_path")
-            defaults = _defaults(given["class_path"])
+            defaults = _defaults(given["class_path"]) or _defaults(saved["class_path"])
             saved, given = (
                 {**part, "class_path": None, "init_args": _settings(part, defaults)} for part in (saved, given)
             )
@@ -81,11 +81,9 @@ def _settings(part: dict[str, Any], defaults: dict[str, Any] | None = None) -> d
 
 
 def _defaults(class_path: str) -> dict[str, Any]:
-    """The default settings of a class and its bases, those that are plain values, as a recipe has them."""
-    try:
-        bases = reversed(named(class_path).__mro__)
-    except (ImportError, AttributeError, ValueError):
-        return {}
+    """The default settings of a class that is imported, and of its bases: those that are plain values, as a recipe has them."""
+    module, _, name = class_path.rpartition(".")
+    bases = reversed(getattr(getattr(sys.modules.get(module), name, None), "__mro__", ()))
     every = [parameter for base in bases for parameter in inspect.signature(base.__init__).parameters.values()]
     plain = {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in every}
     return {name: value for name, value in plain.items() if isinstance(value, bool | int | float | str | list | None)}
