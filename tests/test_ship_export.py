@@ -72,7 +72,7 @@ def test_what_cannot_be_exported_says_what_is_in_the_way(monkeypatch, capsys):
         export(untrained(Lost()), Path("x.pt2"))
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     error = refusal(capsys, "export", "-c", "sphere", f"--ckpt_path={SPHERE}", "--format=onnx", "--out=x")
-    assert "pip install 'amortized[onnx]'" in error
+    assert "pip install '.[onnx]' in the clone" in error
     assert not list(Path().glob("*x*"))
 
 

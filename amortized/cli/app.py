@@ -339,9 +339,10 @@ class AmortizedCLI(CommandLine):
         if steps == 0:  # they were made in forked processes
             steps = last.step
         if last.path is not None and last.path.name == "best.ckpt":  # killed before the last step had a file of its own
-            last = last._replace(path=last.path.with_name(f"step={last.step:08d}.ckpt"))
+            path = last.path.with_name(f"step={last.step:08d}.ckpt")
             if self.trainer.is_global_zero:
-                checkpoint.save(last.checkpoint, last.path)
+                checkpoint.save(last.checkpoint, path)
+            last = last._replace(path=path)
         self._certify(last)
         # One less, where all steps were made before the run resumed.
         log_from_step(self.trainer, steps)

@@ -204,7 +204,7 @@ def serve(
         from amortized.shipping.serve import Limits, Service
         from amortized.shipping.serve import serve as run_server
     except ImportError as error:
-        raise UsageError(f"serve needs {error.name}: pip install 'amortized[serve]'") from error
+        raise UsageError(f"serve needs {error.name}: pip install '.[serve]' in the clone") from error
     if not 1024 <= port <= 65535 or host not in ("127.0.0.1", "0.0.0.0", "::"):
         raise UsageError(f"--port is from 1024 to 65535, --host 127.0.0.1, 0.0.0.0 or ::; got {port} and {host}")
     if not tol > 0:

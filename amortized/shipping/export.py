@@ -167,7 +167,11 @@ def _program(graph: Graph, given: list[Tensor], name: str) -> Any:
         free: Any = tuple({0: batch} for _ in given)
         return torch.export.export(traced, tuple(given), dynamic_shapes=free, strict=False)
     except Exception as error:
-        raise ProblemError(f"{name} cannot be exported: {_operation(error)}; AMORTIZED_DEBUG=1 shows all") from error
+        refine = graph.module.refine
+        other = "" if refine is None else f" (if that is {type(refine).__name__}'s doing, train without refine)"
+        raise ProblemError(
+            f"{name} cannot be exported: {_operation(error)}{other}; AMORTIZED_DEBUG=1 shows all"
+        ) from error
 
 
 def _operation(error: Exception) -> str:
@@ -201,7 +205,7 @@ def _write_onnx(program: Any, path: Path, names: list[str]) -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ProblemError(f"--format onnx needs {error.name}: pip install 'amortized[onnx]'") from error
+        raise ProblemError(f"--format onnx needs {error.name}: pip install '.[onnx]' in the clone") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

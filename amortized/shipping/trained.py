@@ -68,6 +68,10 @@ class TrainedSolver:
         self._calibration = calibration
         self._like: Context | None = None
 
+    def __repr__(self) -> str:
+        problem, solver = type(self.module).__name__, type(self.solver).__name__
+        return f"TrainedSolver({self.name}: {problem} by {type(self.module.network).__name__}, else {solver})"
+
     def to(self, device: torch.device | str) -> TrainedSolver:
         """Moves the model; contexts follow it."""
         self.module.to(device)

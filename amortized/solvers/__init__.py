@@ -12,7 +12,7 @@ few unknowns, twice differentiable            :class:`Newton`
 ``smooth`` and ``prox``                       :class:`FISTA`, with the maps of :mod:`amortized.solvers.structured.proximal`
 ``project``: a convex set                     :class:`ProjectedGradient`
 ``program``: a quadratic program              :class:`ADMM`
-``equality``, ``inequality``                  :class:`InteriorPoint`, :class:`AugmentedLagrangian` where n is large
+``equality``, ``inequality``                  :class:`AugmentedLagrangian`; :class:`InteriorPoint` up to some hundred unknowns
 ``update``: a fixed point                     :class:`Anderson`
 ============================================  =====================================================================
 

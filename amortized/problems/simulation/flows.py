@@ -44,7 +44,7 @@ class ConditionalFlow(Posterior):
         try:
             from zuko import flows
         except ImportError as error:
-            raise ImportError("ConditionalFlow needs zuko: pip install 'amortized[flows]'") from error
+            raise ImportError("ConditionalFlow needs zuko: pip install '.[flows]' in the clone") from error
         options: dict[str, Any] = {"transforms": transforms, "hidden_features": list(hidden), "activation": nn.SiLU}
         self.flow = (
             flows.NSF(latent, features, bins=bins, **options)
