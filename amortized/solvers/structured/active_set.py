@@ -122,16 +122,15 @@ def _gathered(s: Schur, active: Tensor) -> _System:
     most = int(active.sum(1).amax()) if len(active) else 0
     index = active.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     there = active.gather(1, index)
-    both = there.unsqueeze(2) & there.unsqueeze(1)
-    if s.g.ndim == 2:
-        g = s.g[index.unsqueeze(2), index.unsqueeze(1)]
-    else:
-        rows = s.g.gather(1, index.unsqueeze(2).expand(-1, -1, s.g.shape[2]))
-        g = rows.gather(2, index.unsqueeze(1).expand(-1, most, -1))
-    eye = torch.eye(most, dtype=g.dtype, device=g.device)
-    return _System(
-        index, there, torch.linalg.cholesky_ex(torch.where(both, g, 0) + torch.where(both, REDUNDANT, 1) * eye)[0]
+    m = s.g.shape[-1]
+    first = (
+        torch.zeros_like(index[:, :1]) if s.g.ndim == 2 else m * torch.arange(len(index), device=index.device)[:, None]
     )
+    rows = s.g.reshape(-1, m).index_select(0, (first + index).flatten()).view(len(index), most, m)
+    g = rows.gather(2, index.unsqueeze(1).expand(-1, most, -1))
+    g.masked_fill_(~(there.unsqueeze(2) & there.unsqueeze(1)), 0)
+    g.diagonal(dim1=1, dim2=2).add_(torch.where(there, REDUNDANT, 1.0))
+    return _System(index, there, torch.linalg.cholesky_ex(g)[0])
 
 
 def _multipliers(system: _System, off: Tensor) -> Tensor:
