@@ -159,6 +159,7 @@ WRONG = [
     (["fit", "--model=faulty.Missing", "--data=toy.Gaussians"], "module 'faulty' has no attribute 'Missing'"),
     (["fit", *TOY, "--model=faulty.Fails"], "faulty.py, line 7, in helper); AMORTIZED_DEBUG=1 shows"),
     (["fit", *TOY, "--model=faulty.Unmade"], "faulty.py, line 12, in __init__"),
+    (["fit", *TOY, "--model=broken.Broken"], "NameError: name 'typo' is not defined (broken.py, line 4, in Broken)"),
     (
         ["fit", *TOY, "--data.batch_size=100000000000"],
         "out of memory, where 1,117.6 GiB more were needed: asked for --data",
@@ -213,6 +214,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 @pytest.mark.parametrize(("args", "expected"), WRONG, ids=[expected[:40] for _, expected in WRONG])
 def test_wrong_input_gets_one_line(args, expected, capfd):
     Path("faulty.py").write_text(FAULTY)
+    Path("broken.py").write_text("from toy import Quadratic\n\nclass Broken(Quadratic):\n    steps = typo\n")
     Path("bomb.yaml").write_text(BOMB)
     Path("deep.yaml").write_text("model: " + "[" * 30_000)
     found = error(args, capfd)

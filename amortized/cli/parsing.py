@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from amortized.cli.errors import UsageError, close
 from amortized.contexts.data_module import ContextDataModule
 from amortized.contexts.solutions import SolutionSet
+from amortized.contract import faults
 from amortized.losses.distances import Distance
 from amortized.losses.objective import Loss
 from amortized.module import AmortizedModule
@@ -123,6 +124,9 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
+        cause = None if ex is None else faults.origin(ex)
+        if cause is not None and faults.place(cause):  # a file of the user's fails as it is imported
+            raise UsageError(f"{faults.describe(cause)}; AMORTIZED_DEBUG=1 shows the whole traceback") from ex
         raise UsageError(cause_of(message, self.options()))
 
     def options(self) -> list[str]:
