@@ -453,6 +453,11 @@ class AmortizedModule(LeanModule, abc.ABC):
 
     def _check_network(self, a: Context) -> None:
         name = type(self).__name__
+        if self.refine is not None:
+            try:
+                self.refine.require(self)
+            except TypeError as error:
+                raise ProblemError(f"model.refine: {error}") from error
         with _told(f"{name}.observe fails on contexts of shape {_shapes(a)}"):
             seen = self.observe(a)
         with _told(f"network {type(self.network).__name__} fails on contexts of shape {_shapes(seen)}"):

@@ -160,6 +160,7 @@ WRONG = [
     (["fit", *TOY, "--model=faulty.Fails"], "faulty.py, line 7, in helper); AMORTIZED_DEBUG=1 shows"),
     (["fit", *TOY, "--model=faulty.Unmade"], "faulty.py, line 12, in __init__"),
     (["fit", *TOY, "--model=broken.Broken"], "NameError: name 'typo' is not defined (broken.py, line 4, in Broken)"),
+    (["fit", *TOY, "--model=toy.Quadratic", "--model.refine=Gauge"], "model.refine: Gauge needs linear constraints"),
     (
         ["fit", *TOY, "--data.batch_size=100000000000"],
         "out of memory, where 1,117.6 GiB more were needed: asked for --data",

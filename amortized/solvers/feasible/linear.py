@@ -42,7 +42,7 @@ class LinearCorrection(Correction):
         if not hasattr(problem, "polyhedron") and not hasattr(problem, "program"):
             raise TypeError(
                 f"{type(self).__name__} needs linear constraints: {type(problem).__name__} has neither polyhedron(a) nor "
-                "program(a) (see amortized.contract)"
+                "program(a) (see amortized.contract); Seek takes constraints of any shape"
             )
 
     def stated(self, problem: Any, a: Context) -> tuple[Polyhedron, Factor]:
