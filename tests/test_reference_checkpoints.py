@@ -72,7 +72,17 @@ def test_it_is_of_its_recipe_wherever_the_classes_move(row, capsys):
         assert differences(without(theirs, free), without(ours, free)) == []
 
 
-@pytest.mark.parametrize("row", table(), ids=[row.recipe for row in table()])
+SLOW = ("lista", "power_flow_30", "two_moons")
+"""Whose solver takes twenty seconds; a sister of each is quick."""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.recipe, marks=[pytest.mark.slow, pytest.mark.long] if row.recipe in SLOW else [])
+        for row in table()
+    ],
+)
 def test_its_gap_is_what_the_table_says(row, capsys):
     skip_without_data(recipes()[row.recipe])
     program, *args = shlex.split(row.command)
