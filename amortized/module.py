@@ -12,8 +12,7 @@ so that one forward pass solves a problem. To state a new problem, subclass :cla
 from __future__ import annotations
 
 import abc
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -32,8 +31,6 @@ from amortized.contract import (
     Context,
     ProblemError,
     Solved,
-    check_constraints,
-    check_objective,
     check_solved,
     check_support,
     constrained,
@@ -44,11 +41,10 @@ from amortized.contract import (
     rows_where,
     stream_seed,
     take,
-    value_and_grad,
     violation,
 )
-from amortized.contract.faults import describe
 from amortized.finite import FiniteUpdates
+from amortized.first_batch import check_network
 from amortized.lightning_private import LeanModule, logs_now, trainer_of
 from amortized.losses.objective import Loss, ObjectiveLoss
 from amortized.rebuild import rebuild
@@ -441,7 +437,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         training = self.training
         self.eval()  # and with the random numbers put back: the check leaves no trace in the run
         with draws(stream_seed(0, "check", 0), self.device), torch.no_grad():
-            self._check_network(context_of(a))
+            check_network(self, context_of(a))
             if isinstance(a, Solved):
                 check_solved(self, a)
         self.train(training)
@@ -451,51 +447,6 @@ class AmortizedModule(LeanModule, abc.ABC):
             self._compiled_update = compiled_update(self, optimizer)
         self._checked = True
 
-    def _check_network(self, a: Context) -> None:
-        name = type(self).__name__
-        if self.refine is not None:
-            try:
-                self.refine.require(self)
-            except TypeError as error:
-                raise ProblemError(f"model.refine: {error}") from error
-        with _told(f"{name}.observe fails on contexts of shape {_shapes(a)}"):
-            seen = self.observe(a)
-        with _told(f"network {type(self.network).__name__} fails on contexts of shape {_shapes(seen)}"):
-            b = self.network(seen)
-        with _told(f"{name}.initial fails on contexts of shape {_shapes(a)}"):
-            start = self.initial(a)
-        if start.shape != b.shape:
-            raise ProblemError(
-                f"the network must predict solutions like initial(a), of shape {tuple(start.shape)}; it gives {tuple(b.shape)} "
-                f"for contexts of shape {_shapes(seen)}: change the network's output features"
-            )
-        with _told(f"{name}.objective fails on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}"):
-            check_objective(self, b, a)
-        if not self.differentiable and self.loss.uses_gradient:
-            raise ProblemError(
-                f"{type(self.loss).__name__} follows the gradient of the objective, and {name} has none (differentiable = "
-                "False): --model.loss ZerothOrderLoss"
-            )
-        if self.differentiable and self.loss.uses_gradient and not value_and_grad(self, b, a)[1].any():
-            rank_zero_warn(
-                f"the gradient of {name}.objective is zero in every row of the first batch: if the objective is piecewise "
-                "constant, say `differentiable = False` in the class and train by ZerothOrderLoss"
-            )
-        with _told(f"{name}'s constraints fail on b of shape {tuple(b.shape)} and contexts of shape {_shapes(a)}"):
-            check_constraints(self, b, a)
-            violation(self, b, a)
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Inside, whatever goes wrong in a user's code is one line, with its place."""
-    try:
-        yield
-    except ProblemError:
-        raise
-    except Exception as error:
-        raise ProblemError(f"{what}: {describe(error)}; AMORTIZED_DEBUG=1 shows all") from error
-
 
 def _filled(rows: Tensor, given: Tensor) -> Tensor:
     """The ``given`` rows, in their places, and NaN in the others."""
@@ -504,7 +455,3 @@ def _filled(rows: Tensor, given: Tensor) -> Tensor:
     filled = rows.new_full((len(given), *rows.shape[1:]), torch.nan)
     filled[given] = rows
     return filled
-
-
-def _shapes(a: Context) -> Any:
-    return tuple(a.shape) if isinstance(a, Tensor) else {k: _shapes(v) for k, v in a._asdict().items()}

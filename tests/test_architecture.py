@@ -21,7 +21,7 @@ FLOORS = [
     ["solvers", "networks", "contexts", "posteriors"],
     ["certificates"],
     ["losses", "lightning_private", "finite"],
-    ["launched", "update"],
+    ["launched", "update", "first_batch"],
     ["module"],
     ["evaluation"],
     ["testing", "report", "loggers"],
