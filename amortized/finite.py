@@ -27,7 +27,18 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from amortized.contexts.data_module import ContextDataModule
-from amortized.contract import Context, ProblemError, context_of, draws, evaluate, leaves, num_rows, stream_seed, take
+from amortized.contract import (
+    Context,
+    ProblemError,
+    context_of,
+    draws,
+    evaluate,
+    leaves,
+    num_rows,
+    of_every_process,
+    stream_seed,
+    take,
+)
 
 if TYPE_CHECKING:
     from amortized.module import AmortizedModule
@@ -120,10 +131,8 @@ class FiniteUpdates:
         return self.action == "stop" and module.device.type != "cpu"
 
     def _stop(self, module: AmortizedModule) -> None:
-        faults = [next((fault for step in self._steps if (fault := _fault(module, step))), None)]
-        if module.trainer.world_size > 1:
-            mine, faults = faults[0], [None] * module.trainer.world_size
-            torch.distributed.all_gather_object(faults, mine)
+        mine = next((fault for step in self._steps if (fault := _fault(module, step))), None)
+        faults = of_every_process(mine, module.trainer.world_size)
         found = next((fault for fault in faults if fault is not None), None)
         numbers = [step.number for step in self._steps]
         self._steps.clear()

@@ -15,6 +15,7 @@ from amortized.callbacks.gap import GapMonitor, numbered
 from amortized.certificates import Certificate
 from amortized.certificates.conformal import ASSUMPTION, coverage
 from amortized.contexts.data_module import ContextDataModule
+from amortized.contract import of_every_process
 from amortized.evaluation.calibration import ALPHA, CONTEXTS, Calibration, calibrate_model, proof_for
 from amortized.module import AmortizedModule
 
@@ -75,12 +76,9 @@ class CertificateMonitor(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gap = next((c for c in trainer.callbacks if isinstance(c, GapMonitor)), None)  # type: ignore[attr-defined]
-        parts: list[Any] = [self._bounds]
         if self.calibration is None or gap is None or self._certificate is None:
             return
-        if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self._bounds)
+        parts = of_every_process(self._bounds, trainer.world_size)
         index, bound = (torch.cat(column) for column in zip(*sum(parts, []), strict=True))
         rows = gap.table
         at = torch.searchsorted(rows.index.cpu().contiguous(), index.double())

@@ -17,6 +17,7 @@ from amortized.contract import (
     ProblemError,
     concatenate,
     map_leaves,
+    of_every_process,
     take,
 )
 from amortized.evaluation.best_known import BestKnown
@@ -221,10 +222,7 @@ class GapMonitor(Callback):
     def _choose(self, trainer: Trainer) -> None:
         """Keep to what this validation measured from now on, the same number on all processes, if it is enough."""
         mine = (self._measured, self._seen)
-        every: list[Any] = [mine]
-        if trainer.world_size > 1:
-            every = [None] * trainer.world_size
-            torch.distributed.all_gather_object(every, mine)
+        every = of_every_process(mine, trainer.world_size)
         rows = sum(seen for _, seen in every)
         count = min((measured for measured, seen in every if measured < seen), default=rows)
         if sum(min(count, seen) for _, seen in every) < min(LEAST, rows):
@@ -262,11 +260,10 @@ class GapMonitor(Callback):
         self._gather_worst(trainer, pl_module.device)
 
     def _gather_worst(self, trainer: Trainer, device: torch.device) -> None:
-        parts: list[Any] = [self.worst]
-        if trainer.world_size > 1:
-            mine = None if self.worst is None else map_leaves(lambda leaf: leaf.cpu(), self.worst)
-            parts = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, mine)
+        mine: Any = self.worst
+        if mine is not None and trainer.world_size > 1:
+            mine = map_leaves(lambda leaf: leaf.cpu(), mine)
+        parts = of_every_process(mine, trainer.world_size)
         parts = [map_leaves(lambda leaf: leaf.to(device), part) for part in parts if part is not None]
         if parts:
             worst = worst_of(concatenate(parts), self.keep_worst)

@@ -36,6 +36,7 @@ from amortized.contract.problem import (
     polyhedron,
     value_and_grad,
 )
+from amortized.contract.processes import of_every_process
 from amortized.contract.rows import Context, concatenate, leaves, map_leaves, num_rows, row_hashes, rows_where, take
 from amortized.contract.solved import Solved, check_solved, context_of
 from amortized.contract.streams import check_seed, stream_seed
@@ -82,6 +83,7 @@ __all__ = [
     "num_rows",
     "polyhedron",
     "row_hashes",
+    "of_every_process",
     "rows_where",
     "start_draws",
     "stream_seed",

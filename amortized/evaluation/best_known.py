@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amortized import disk
-from amortized.contract import Context, ProblemError, row_hashes, take
+from amortized.contract import Context, ProblemError, of_every_process, row_hashes, take
 
 
 class Entries(NamedTuple):
@@ -88,11 +88,7 @@ class BestKnown:
     def save(self, world_size: int = 1, is_global_zero: bool = True) -> None:
         """Write what was found to the file, beside what other runs have put there; all processes call it together."""
         mine: list[Entries] = self.found
-        every = [mine]
-        if world_size > 1:
-            every = [[] for _ in range(world_size)]
-            torch.distributed.all_gather_object(every, mine)
-        new = [part for process in every for part in process]
+        new = [part for process in of_every_process(mine, world_size) for part in process]
         self.found = []
         if not new:
             return

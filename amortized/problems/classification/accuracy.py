@@ -24,6 +24,7 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
+from amortized.contract import of_every_process
 from amortized.problems.classification.problem import Classification, Labelled
 
 if TYPE_CHECKING:
@@ -85,10 +86,7 @@ class Accuracy(Callback):
             self._found.append((outputs.float().softmax(1).cpu(), batch.target.argmax(1).cpu()))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        every: list[Any] = [self._found]
-        if trainer.world_size > 1:
-            every = [None] * trainer.world_size
-            torch.distributed.all_gather_object(every, self._found)
+        every = of_every_process(self._found, trainer.world_size)
         parts = [part for found in every for part in found]
         if not parts:
             return

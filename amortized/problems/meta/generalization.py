@@ -19,7 +19,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from amortized.contract import draws, evaluate, stream_seed
+from amortized.contract import draws, evaluate, of_every_process, stream_seed
 from amortized.evaluation.float64 import at_least_float32
 from amortized.problems.meta.classification import FewShotClassification
 from amortized.problems.meta.few_shot import FewShot
@@ -84,10 +84,7 @@ class Generalization(Callback):
             self._found.setdefault(name, []).append(values.cpu())
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        every: list[Any] = [self._found]
-        if trainer.world_size > 1:
-            every = [None] * trainer.world_size
-            torch.distributed.all_gather_object(every, self._found)
+        every = of_every_process(self._found, trainer.world_size)
         names = next((list(found) for found in every if found), [])
         self.rows = {name: torch.cat([part for found in every for part in found.get(name, [])]) for name in names}
         for name, values in self.rows.items():

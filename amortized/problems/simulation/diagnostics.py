@@ -25,6 +25,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from amortized.contract import of_every_process
 from amortized.problems.simulation.contexts import Simulation
 from amortized.problems.simulation.posterior import NeuralPosterior
 from amortized.problems.simulation.simulators import Recorded
@@ -195,11 +196,8 @@ class PosteriorDiagnostics(Callback):
         return found
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parts: list[Any] = self._shares
-        if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, [part.cpu() for part in parts])
-            parts = [part for process in gathered for part in process]
+        every = of_every_process([part.cpu() for part in self._shares], trainer.world_size)
+        parts = [part for process in every for part in process]
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, NeuralPosterior)

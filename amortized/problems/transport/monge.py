@@ -16,6 +16,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from amortized.contract import of_every_process
 from amortized.problems.transport.potentials import Draws, GaussianPotential, Wasserstein2
 from amortized.solvers import LBFGS, Solver
 
@@ -77,10 +78,7 @@ class MongeMap(Callback):
             self._found.append(tuple(part.cpu() for part in (*a, module.transport(a.x), b, solved, *values)))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        every: list[Any] = [self._found]
-        if trainer.world_size > 1:
-            every = [None] * trainer.world_size
-            torch.distributed.all_gather_object(every, self._found)
+        every = of_every_process(self._found, trainer.world_size)
         parts = [batch for found in every for batch in found]
         if not parts:
             return
