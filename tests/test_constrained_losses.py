@@ -160,6 +160,9 @@ def _both(rank, folder):
         parallel(torch.rand(8, 2, generator=torch.Generator().manual_seed(2 * k + rank))).mean().backward()
         optimizer.step()
     torch.save({**model.multipliers.state_dict(), **model.loss.state_dict()}, f"{folder}/{rank}.pt")
+    # The last holder of a process group ends its thread, and only destroy_process_group lets go of the interpreter's lock
+    # for that: the other order can wait for ever.
+    del parallel
     torch.distributed.destroy_process_group()
 
 
