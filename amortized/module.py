@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from amortized.contract import (
     Context,
     ProblemError,
     Solved,
+    check_context,
     check_solved,
     check_support,
     constrained,
@@ -45,7 +47,7 @@ from amortized.contract import (
 )
 from amortized.finite import FiniteUpdates
 from amortized.first_batch import check_network
-from amortized.lightning_private import LeanModule, logs_now, trainer_of
+from amortized.lightning_private import logs_now, trainer_of
 from amortized.losses.objective import Loss, ObjectiveLoss
 from amortized.rebuild import rebuild
 from amortized.solvers.base import Solver
@@ -58,7 +60,7 @@ SKIPPED = "amortized_skipped"
 """Key under which a checkpoint holds how many rows and updates training left out."""
 
 
-class AmortizedModule(LeanModule, abc.ABC):
+class AmortizedModule(LightningModule, abc.ABC):
     """A problem ``min_b L(b; a)`` together with a model that amortizes it.
 
     Parameters that ``objective`` has (a decoder, a dictionary) are parameters of the module and train jointly.
@@ -251,6 +253,17 @@ class AmortizedModule(LeanModule, abc.ABC):
                         else f"write --model.scheduler.total_steps {self.trainer.max_steps}"
                     )
                 )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """What comes from a loader without a :class:`~amortized.ContextDataModule`, which checks its own, is checked here."""
+        return check_context(batch, "the batch of a loader")
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As in Lightning; where updates are compiled they were clipped there, and there is no gradient here."""
+        if not self.compiled:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Lets no update through that is not finite; an override calls this too."""

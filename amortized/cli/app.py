@@ -53,7 +53,7 @@ from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import ProblemError, faults
 from amortized.evaluation.calibration import Calibration
 from amortized.launched import tell_faults
-from amortized.lightning_private import CommandLine, Unprofiled, lean, log_from_step
+from amortized.lightning_private import CommandLine, log_from_step
 from amortized.loggers.csv import MetricsLogger
 from amortized.loggers.wandb import attempt, finish, log_checkpoint, wandb_logger
 from amortized.module import AmortizedModule
@@ -232,15 +232,12 @@ class AmortizedCLI(CommandLine):
             callbacks.append(ProgressBar())
         report = Report(self.recipe, gap, budget, command=self.command)
         kwargs["callbacks"] = [AgreeOnFolder(), *callbacks, Interrupt(saver), report]
-        if settings["trainer"]["profiler"] is None:
-            kwargs["profiler"] = Unprofiled()
         trainer = super().instantiate_trainer(**kwargs)
         self._check_processes(trainer)
         if not os.environ.get("AMORTIZED_DEBUG"):
             tell_faults(trainer, one_line)
         # Lightning reads the checkpoint itself; these may be large.
         self.resumed = self.initial = checkpoint.Newest(None, {}, [])
-        lean(trainer, plain_step=type(self.model).training_step is AmortizedModule.training_step)
         return trainer
 
     def _loggers(self, settings: Any, folder: Path) -> list[Logger] | bool:
