@@ -56,6 +56,8 @@ from amortized.update import Update, compiled_update
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LOADER = "the batch of a loader"
+"""Who gave a batch, in messages."""
 SKIPPED = "amortized_skipped"
 """Key under which a checkpoint holds how many rows and updates training left out."""
 
@@ -211,7 +213,10 @@ class AmortizedModule(LightningModule, abc.ABC):
 
         Compiled updates are all made here. Lightning's own step after them finds no gradient, and makes none.
         """
-        batches = batch if isinstance(batch, list) else [batch]
+        together = getattr(getattr(self.trainer, "datamodule", None), "batches_per_step", 1)
+        batches = batch if isinstance(batch, list) and together > 1 else [batch]
+        for a in batches:
+            check_context(a, LOADER)
         if not self._checked:
             self.check(batches[0], updates=len(batches))
         numbers = [self._number(batch_idx, k, len(batches)) for k in range(len(batches))]
@@ -254,10 +259,6 @@ class AmortizedModule(LightningModule, abc.ABC):
                     )
                 )
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """What comes from a loader without a :class:`~amortized.ContextDataModule`, which checks its own, is checked here."""
-        return check_context(batch, "the batch of a loader")
-
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
@@ -295,6 +296,7 @@ class AmortizedModule(LightningModule, abc.ABC):
         Of a problem with constraints ``val/feasible`` is the fraction of feasible predictions and ``val/violation`` the mean of
         their violation.
         """
+        check_context(a, LOADER)
         check_support(self, a)
         b = self(a)
         value = evaluate(self, b, a)
@@ -316,6 +318,7 @@ class AmortizedModule(LightningModule, abc.ABC):
         Of a problem with constraints their ``violation`` too. A context with a NaN is not shown to the model: its prediction is
         NaN, those of the other rows are as without it. Where no row is finite, nothing is decoded: ``None``.
         """
+        check_context(a, LOADER)
         check_support(self, a)
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
         known = take(a, given)

@@ -371,7 +371,7 @@ class ContextDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Draw the batch's contexts on the device, unless a worker did, and start the step's random numbers from its number."""
         if not isinstance(batch, Batch):
-            return check_context(batch, "the batch of a loader")
+            return batch
         assert self.trainer is not None
         split, number, contexts, complete = batch
         device = self.trainer.strategy.root_device
