@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 from pathlib import Path
 
 
@@ -18,15 +19,20 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def unfinished(path: Path) -> Path:
+    """Beside a file, the name under which this process writes it: no other's, also of another machine that has the same disk."""
+    return path.with_name(f".{socket.gethostname()}.{os.getpid()}.{path.name}.unfinished")
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: its content reaches the disk before its name does. Text is written as UTF-8."""
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}.unfinished")
+    new = unfinished(path)
     try:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-        sync(unfinished)
-        unfinished.replace(path)
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(new)
+        new.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -51,6 +51,7 @@ from amortized.lightning_private import logs_now, trainer_of
 from amortized.losses.objective import Loss, ObjectiveLoss
 from amortized.rebuild import rebuild
 from amortized.solvers.base import Solver
+from amortized.strategies import check_strategy
 from amortized.update import Update, compiled_update
 
 if TYPE_CHECKING:
@@ -243,6 +244,10 @@ class AmortizedModule(LightningModule, abc.ABC):
         if isinstance(data, ContextDataModule):
             return data.position - (self.trainer.world_size - self.trainer.global_rank) * together + k
         return batch_idx * together + k
+
+    def setup(self, stage: str) -> None:
+        """Refuses a strategy that splits the model over devices; an override calls this too."""
+        check_strategy(self.trainer.strategy)
 
     def on_train_start(self) -> None:
         """Refuses a schedule that ends before the training does, now and not at its last step; an override calls this too."""

@@ -14,7 +14,6 @@ import inspect
 import json
 import os
 import re
-import socket
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,7 +216,7 @@ def _done(folder: Path, shard: int, verify: bool) -> bool:
 def _write(folder: Path, shard: int, columns: dict[str, np.ndarray]) -> None:
     """A shard, then the note that it is done; each reaches the disk before its name does."""
     data, note = _names(folder, shard)
-    unfinished = folder / f".{socket.gethostname()}.{os.getpid()}.{data.name}.unfinished"
+    unfinished = disk.unfinished(data)
     try:
         with zipfile.ZipFile(unfinished, "w") as archive:
             for name, array in columns.items():  # under a date of its own, numpy's would differ from run to run
