@@ -21,7 +21,7 @@ FLOORS = [
     ["solvers", "networks", "contexts", "posteriors"],
     ["certificates"],
     ["losses", "lightning_private", "finite"],
-    ["launched", "update", "first_batch"],
+    ["launched", "update", "first_batch", "strategies"],
     ["module"],
     ["evaluation"],
     ["testing", "report", "loggers"],

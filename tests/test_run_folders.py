@@ -71,11 +71,15 @@ def launched(args, rank, port):
     return Run(args, log=f"log-{rank}.txt", **{name: str(value) for name, value in environment.items()})
 
 
-@pytest.mark.parametrize("command", ["fit", "predict"])
-def test_processes_that_start_apart_have_one_folder(command):
+@pytest.fixture
+def port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_processes_that_start_apart_have_one_folder(command, port):
     args = [command, "--model=toy.Filed", "--data=toy.FiniteGaussians", "--data.eval_batch_size=50", *QUIET]
     args += ["--trainer.max_steps=2"] if command == "fit" else ["--ckpt_path=untrained"]
     late = []
@@ -87,6 +91,19 @@ def test_processes_that_start_apart_have_one_folder(command):
     (folder,) = Path("runs/Filed").iterdir()
     if command == "predict":
         assert len(list((folder / "predictions").iterdir())) == 833
+
+
+def test_processes_that_would_go_on_from_different_checkpoints_are_refused(port):
+    """As on machines that do not share the disk: here the second looks for them in a folder of its own."""
+    main([*FIT, "--run_folder=run", "--trainer.devices=2", "--trainer.strategy=ddp_fork"])
+    together = [
+        launched([*FIT, "--resume=auto", f"--run_folder={name}"], rank, port)
+        for rank, name in enumerate(("run", "new"))
+    ]
+    told = "process 0 begins with step=00000020.ckpt of step 20, process 1 with no checkpoint: all need the same folder run"
+    for each in together:
+        assert each.wait() == 2, each.output()
+        assert f"error: {told}, on a disk that their machines share\n" in each.output()
 
 
 @pytest.mark.parametrize(
@@ -395,6 +412,12 @@ def test_without_resume_auto_a_job_is_not_put_back_to_start_over(slurm):
     assert job.wait() == 128 + signal.SIGUSR1, job.output()
     assert "stopped by SIGUSR1" in job.output()
     assert not Path("told").exists()
+
+
+def test_a_job_whose_tasks_have_no_place_is_told(slurm, monkeypatch, capsys):
+    for name, value in (slurm | {"SLURM_NTASKS": "2"}).items():
+        monkeypatch.setenv(name, value)
+    assert "Use `--ntasks-per-node=2` instead" in refusal(capsys, *FIT)
 
 
 def test_lightning_counts_its_slurm_checkpoints_right(tmp_path):

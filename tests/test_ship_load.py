@@ -1,6 +1,7 @@
 """What a checkpoint holds is rebuilt and answers: bit for bit as ``predict`` does, with a certificate that holds."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,8 @@ def test_a_reference_checkpoint_predicts_bit_for_bit_what_the_command_line_does(
     solver._set_up()
     a = data.batch("predict", 0)
     found = solver.predict(a)
+    sent = pickle.loads(pickle.dumps(solver))  # to a process of another engine
+    assert torch.equal(sent.predict(a)["b"], found["b"])
     if type(module).save is not AmortizedModule.save:  # writes files: what they are made of is compared
         again = type(solver)(module, data, solver.solver).predict(a)
         assert torch.equal(found["b"], again["b"])
