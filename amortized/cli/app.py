@@ -45,7 +45,7 @@ from amortized.cli.next_steps import next_steps
 from amortized.cli.parsing import Parser, cause_of, full_options
 from amortized.cli.recipes import recipes, resolve_recipe
 from amortized.cli.run_folder import RUN, Agree, RunTrainer, run_folder
-from amortized.cli.saved_recipe import SaveRecipe, check_recipe, recipe_of
+from amortized.cli.saved_recipe import SaveRecipe, check_recipe, predictions_of, recipe_of
 from amortized.cli.slurm import requeue
 from amortized.cli.surroundings import any_terminal, say, working_directory_importable
 from amortized.cli.which_checkpoint import find_checkpoint, resumable, trained
@@ -226,6 +226,9 @@ class AmortizedCLI(CommandLine):
         gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
         if held := self.resumed.checkpoint.get(checkpoint.CERTIFICATE):
             settings["certificate"].calibration = Calibration.of(held)
+        if self.subcommand == "predict":
+            text = self.parser_of("predict").dump(self.config.predict, skip_unset=False)
+            settings["predictions"].plan = predictions_of(text, self.resumed.path)
         given = settings["trainer"]["callbacks"] or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if settings["trainer"]["enable_progress_bar"] is not False and not any(
