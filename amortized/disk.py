@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -24,16 +26,23 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{socket.gethostname()}.{os.getpid()}.{path.name}.unfinished")
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: its content reaches the disk before its name does. Text is written as UTF-8."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write, which is ``path`` at the end, or gone after a fault: its content reaches the disk before its name does."""
     new = unfinished(path)
     try:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield new
         sync(new)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all. Text is written as UTF-8."""
+    with whole(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def make(folder: Path) -> Path:

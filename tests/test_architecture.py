@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent / "amortized"
 # Each floor imports from those below it alone, and from its own part of the floor.
 FLOORS = [
     ["contract", "disk"],
-    ["checkpoint"],
+    ["checkpoint", "npz"],
     ["rebuild"],
     ["solvers", "networks", "contexts", "posteriors"],
     ["certificates"],

@@ -20,7 +20,7 @@ from runs import Run, last_checkpoint
 from test_checkpoints import FIT, GOOD, LAST, MODEL, QUIET, fitted, flip, refusal, rewrite, seal, truncate
 from test_reliability import assert_same, recipe
 
-from amortized import checkpoint, disk
+from amortized import checkpoint, disk, npz
 from amortized.cli.app import main
 
 __all__ = ["fitted"]  # the fixture
@@ -138,7 +138,7 @@ def test_a_disk_that_takes_nothing_is_told(number, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(np, "savez", fail)
+    monkeypatch.setattr(npz, "write", fail)
     error = refusal(capsys, "predict", *MODEL, *QUIET, "--ckpt_path=untrained", "--run_folder=run")
     assert error == f"error: run: {os.strerror(number)}\n"
 
@@ -487,3 +487,15 @@ def test_weights_that_do_not_fit_are_named(run, capsys):
     error = refusal(capsys, *FIT, "--model.dim=4", "--data.dim=4", "--init_from=run", "--run_folder=tuned")
     assert f"--init_from {LAST}: the checkpoint is of another network: its network.0.weight has shape (16, 3)" in error
     assert "no such checkpoint: none.ckpt" in refusal(capsys, *FIT, "--init_from=none.ckpt")
+
+
+def test_a_folder_keeps_the_settings_of_the_last_command_of_a_kind(run):
+    before = Path("run/config.yaml").read_text()
+    np.save("a.npy", np.zeros((2, 3), np.float32))
+    for size in (7, 8, 9):
+        more = ["--data.predict=a.npy", f"--data.eval_batch_size={size}"]
+        main(["predict", "-c", "run/config.yaml", "--run_folder=run", *more])
+    main(["test", "-c", "run/config.yaml", "--run_folder=run"])
+    assert {path.name for path in run.glob("config*")} == {"config.yaml", "config-predict.yaml", "config-test.yaml"}
+    assert Path("run/config.yaml").read_text() == before
+    assert yaml.safe_load(Path("run/config-predict.yaml").read_text())["data"]["init_args"]["eval_batch_size"] == 9

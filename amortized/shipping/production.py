@@ -9,12 +9,10 @@ processes make at once is the same bytes from both.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from amortized import disk
+from amortized import checkpoint, disk, npz
 from amortized.contexts.data_module import ContextDataModule
 from amortized.contexts.files import fields
 from amortized.contract import Context, ProblemError, concatenate, num_rows, take
@@ -206,29 +204,16 @@ def _done(folder: Path, shard: int, verify: bool) -> bool:
     data, note = _names(folder, shard)
     if not (data.is_file() and note.is_file()):
         return False
-    if verify:
-        with data.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != json.loads(note.read_text())["sha256"]:
-                note.unlink()
+    if verify and checkpoint.sha256(data) != json.loads(note.read_text())["sha256"]:
+        note.unlink()
     return note.is_file()
 
 
 def _write(folder: Path, shard: int, columns: dict[str, np.ndarray]) -> None:
     """A shard, then the note that it is done; each reaches the disk before its name does."""
     data, note = _names(folder, shard)
-    unfinished = disk.unfinished(data)
-    try:
-        with zipfile.ZipFile(unfinished, "w") as archive:
-            for name, array in columns.items():  # under a date of its own, numpy's would differ from run to run
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-        disk.sync(unfinished)
-        with unfinished.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        unfinished.replace(data)
-        disk.sync(folder)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    npz.write(data, columns)
+    digest = checkpoint.sha256(data)
     objective, certificate = (columns[name].astype(np.float64) for name in ("objective", "certificate"))
     known = np.isfinite(objective)
     disk.write(
