@@ -35,6 +35,8 @@ def test_the_python_of_a_page_runs(name, monkeypatch):
         if "class Ellipse(" in code:  # to be saved as a file
             Path("ellipse.py").write_text(code)
             continue
+        if "import ray" in code:  # on a cluster: test_ship_ray.py
+            continue
         if 'load("runs/ellipse")' in code:
             train_the_ellipse()
         if 'load("sphere.pt2")' in code:
