@@ -170,6 +170,18 @@ def test_a_policy_gives_the_cheapest_of_its_proposals(make):
     torch.testing.assert_close(problem.objective(problem(a), a), costs.view(16, 3).amin(1), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("make", SYSTEMS)
+def test_a_residual_policy_begins_with_the_rule(make):
+    torch.manual_seed(0)
+    system = make()
+    problem = SwingUp(Policy(system, proposals=2, hidden=[8], residual=True), system)
+    a = SystemStates(system, num_test=16).contexts("test")
+    with torch.no_grad():
+        problem.network.mlp[-1].weight.zero_()
+        problem.network.mlp[-1].bias.zero_()
+    torch.testing.assert_close(problem(a), problem.initial(a), rtol=1e-4, atol=1e-4)
+
+
 def test_a_policy_learns_through_the_model():
     """The gradient of the first layer is that of finite differences."""
     torch.manual_seed(0)
@@ -236,12 +248,12 @@ def test_the_callback_needs_a_problem_of_control():
             ClosedLoop(**wrong)
 
 
-@pytest.mark.parametrize("recipe", ["mpc_double_integrator", "mpc_chain", "pendulum_swingup"])
+@pytest.mark.parametrize("recipe", ["mpc_double_integrator", "mpc_chain", "pendulum_swingup", "cartpole_swingup"])
 def test_the_loop_is_in_the_report(recipe, tmp_path):
     small = ["--data.init_args.num_test=8", "--data.init_args.num_val=8", "--budget.enabled=false"]
     small += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false"]
     small += ["--data.init_args.evaluations=null"]
-    if recipe == "pendulum_swingup":
+    if recipe.endswith("swingup"):
         small += ["--gap.solver.init_args.starts=2", "--gap.solver.init_args.solver.init_args.steps=3"]
         loop = "{class_path: ClosedLoop, init_args: {steps: 3, solver: {class_path: LBFGS, init_args: {steps: 2}}}}"
     else:
