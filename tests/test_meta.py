@@ -187,6 +187,12 @@ def test_two_processes_average_to_the_gradient_of_one(name):
     assert two_processes_apart(METHODS[name][0](), SinusoidContexts(batch_size=8).batch("train", 0)) < 1e-6
 
 
+def test_a_step_of_maml_on_all_tasks_at_once_is_that_of_a_clone_for_each():
+    from benchmarks.maml_step import compare
+
+    assert max(apart for _, apart in compare(turns=1).values()) < 1e-5
+
+
 def test_metasgd_has_a_step_size_for_each_parameter():
     a = SinusoidContexts(num_val=8).contexts("val")
     module = FewShotRegression(
