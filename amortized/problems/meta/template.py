@@ -95,11 +95,9 @@ class Template(nn.Module):
                 f"a task of this template has {self.size} parameters of its own; solutions have {b.shape[1]}: give the network "
                 f"out_features: {self.size}"
             )
-        parts = b.split([shape.numel() for shape in self.shapes.values()], 1)
-        return {
-            name: self.model.get_parameter(name) + part.unflatten(1, shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        w = torch.cat([self.model.get_parameter(name).flatten() for name in self.shapes]) + b
+        parts = w.split([shape.numel() for shape in self.shapes.values()], 1)
+        return {name: part.unflatten(1, shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def features(self, x: Tensor) -> Tensor:
         """What the shared layers make of points ``(B, K, *)``; the points themselves, unless ``adapt`` is ``last``."""
