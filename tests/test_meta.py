@@ -29,7 +29,6 @@ from amortized.problems import (
 )
 from amortized.problems.meta import generalization
 from amortized.problems.meta.characters import framed
-from amortized.problems.meta.characters import warped as bend
 from amortized.solvers import LBFGS, GradientDescent, Implicit
 from amortized.testing import equal
 
@@ -321,26 +320,6 @@ def test_training_tasks_may_have_more_classes():
     assert equal(val, Glyphs(ways=5, queries=2, num_val=3).batch("val", 0))
     with pytest.raises(ValueError, match=r"train_ways must be at least data.ways, 5; got 3"):
         Glyphs(train_ways=3)
-
-
-def test_a_training_character_is_warped_in_all_its_images_alike():
-    plain, warped = (Glyphs(distortion=0, warp=w, batch_size=2, queries=2) for w in (0.0, 1.0))
-    a, b = plain.batch("train", 0), warped.batch("train", 0)
-    assert torch.equal(b.support_y, a.support_y)
-    assert not torch.equal(b.support_x, a.support_x)
-    linear, moves = warped.draw_warps(200, torch.Generator().manual_seed(0))
-    assert 0.3 < (linear[:, 0, 0] < 0).double().mean() < 0.7  # mirrored
-    places = affine_grid(torch.eye(2, 3).expand(200, 2, 3), [200, 1, 28, 28], align_corners=False)
-    apart = (bend(places, linear, moves) - places @ linear.mT.unsqueeze(1)).square().mean().sqrt()
-    assert 0.04 < apart < 0.12
-    same = bend(places, torch.eye(2).expand(200, 2, 2), torch.zeros_like(moves))
-    torch.testing.assert_close(same, places)
-    one = Glyphs(distortion=0, warp=1.0, batch_size=1)
-    one.training_images = one.images("train")[:, :1].expand(-1, 12, -1, -1)  # every hand writes alike
-    c = one.batch("train", 0)
-    torch.testing.assert_close(c.query_x.view(5, 5, 28, 28), c.support_x.view(5, 1, 28, 28).expand(5, 5, 28, 28))
-    with pytest.raises(ValueError, match=r"data.warp must be at least 0; got -1"):
-        Glyphs(warp=-1)
 
 
 def test_prototypes_leave_out_classes_without_an_example():

@@ -40,8 +40,7 @@ class CharacterTasks(ContextDataModule, abc.ABC):
     """N-way K-shot tasks of characters, without end for training; a subclass has the :meth:`images` of each split.
 
     In training a character turned by a right angle is another character, and every image is turned, sheared, scaled and
-    moved a little. With ``warp`` a task's characters are new ones: all images of a character go through one smooth map, drawn
-    for it. Evaluation tasks are as the images are, each with a stream of its own.
+    moved a little. Evaluation tasks are as the images are, each with a stream of its own.
 
     Args:
         ways: N, characters in a task.
@@ -50,8 +49,6 @@ class CharacterTasks(ContextDataModule, abc.ABC):
         train_ways: characters in a training task, N unless it is given; the model has as many classes. More make each image
             of a batch tell more: training is against all of them, evaluation stays as it is.
         distortion: of training images: 1 turns and shears by up to 0.3, scales by 20 %, moves by 2 pixels; 0: none.
-        warp: of training characters: 1 turns them by up to 0.4, shears by 0.3, scales by 20 %, mirrors every other one, and
-            moves 4 x 4 places of the image by a standard deviation of 1.7 pixels, what lies between them along; 0: none.
         **kwargs: see :class:`~amortized.ContextDataModule`.
 
     Raises:
@@ -65,16 +62,15 @@ class CharacterTasks(ContextDataModule, abc.ABC):
         queries: int = 5,
         distortion: float = 1.0,
         train_ways: int | None = None,
-        warp: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if train_ways is not None and train_ways < ways:
             raise ValueError(f"data.train_ways must be at least data.ways, {ways}; got {train_ways}")
-        for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("distortion", 0), ("warp", 0)):
+        for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("distortion", 0)):
             if locals()[name] < least:
                 raise ValueError(f"data.{name} must be at least {least}; got {locals()[name]}")
-        self.ways, self.shots, self.queries, self.distortion, self.warp = ways, shots, queries, distortion, warp
+        self.ways, self.shots, self.queries, self.distortion = ways, shots, queries, distortion
         self.train_ways = ways if train_ways is None else train_ways
 
     @abc.abstractmethod
@@ -90,17 +86,9 @@ class CharacterTasks(ContextDataModule, abc.ABC):
         if self.training_images.device != generator.device:
             self.training_images = self.training_images.to(generator.device)
         a = self.draw_tasks(self.training_images, n, generator, self.train_ways)
-        if not (self.distortion or self.warp):
+        if not self.distortion:
             return a
-        maps = self.draw_warps(n * self.train_ways, generator) if self.warp else None
-        moved = []
-        for x, y in ((a.support_x, a.support_y), (a.query_x, a.query_y)):
-            grid = self.distorted_grid(x.shape[0] * x.shape[1], generator)
-            if maps is not None:
-                own = (y + self.train_ways * torch.arange(n, device=y.device).unsqueeze(1)).flatten()
-                grid = warped(grid, maps[0][own], maps[1][own])
-            moved.append(grid_sample(x.flatten(0, 1).unsqueeze(1), grid, align_corners=False).view_as(x))
-        return a._replace(support_x=moved[0], query_x=moved[1])
+        return a._replace(support_x=self.distort(a.support_x, generator), query_x=self.distort(a.query_x, generator))
 
     def contexts(self, split: str) -> _Tasks | None:
         return None if split == "train" else _Tasks(self, self.images(split), split, self.num_rows[split])
@@ -124,35 +112,15 @@ class CharacterTasks(ContextDataModule, abc.ABC):
         )
         return CharacterTask(support_x, support_y, query_x, query_y)
 
-    def distorted_grid(self, n: int, generator: torch.Generator) -> Tensor:
-        """Where n images are read, ``(n, 28, 28, 2)``: each through an affine map of its own that is near the identity."""
-        u = self.distortion * (2 * torch.rand(6, n, generator=generator, device=generator.device) - 1)
-        u = u * u.new_tensor([0.3, 0.3, 0.2, 0.2, 0.15, 0.15]).unsqueeze(1)
-        maps = torch.cat([near_identity(u[:4]), u[4:].T.unsqueeze(2)], 2)
-        return affine_grid(maps, [n, 1, SIDE, SIDE], align_corners=False)
-
-    def draw_warps(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A smooth map for each of n characters: its linear part ``(n, 2, 2)``, and how far it moves 4 x 4 places."""
-        options: Any = {"generator": generator, "device": generator.device}
-        u = self.warp * (2 * torch.rand(4, n, **options) - 1)
-        linear = near_identity(u * u.new_tensor([0.4, 0.3, 0.2, 0.2]).unsqueeze(1))
-        mirrored = torch.rand(n, 1, **options) < 0.5
-        linear = torch.cat([torch.where(mirrored, -1.0, 1.0).unsqueeze(2) * linear[:, :, :1], linear[:, :, 1:]], 2)
-        moves = 0.12 * self.warp * torch.randn(n, 2, 4, 4, **options)
-        return linear, moves - moves.mean((2, 3), keepdim=True)
-
-
-def near_identity(u: Tensor) -> Tensor:
-    """Linear maps of the plane ``(n, 2, 2)`` that turn, shear, widen and heighten by ``u`` ``(4, n)``."""
-    turn, shear, wide, high = u
-    cos, sin = turn.cos(), turn.sin()
-    return torch.stack([(1 + wide) * cos, shear - sin, (1 + high) * sin, (1 + high) * cos], 1).unflatten(1, (2, 2))
-
-
-def warped(grid: Tensor, linear: Tensor, moves: Tensor) -> Tensor:
-    """Places ``(n, h, w, 2)`` after smooth maps ``x -> A x + m(x)``: A ``(n, 2, 2)``, and m by its values ``(n, 2, 4, 4)``."""
-    moved = grid_sample(moves, grid, padding_mode="border", align_corners=True).permute(0, 2, 3, 1)
-    return grid @ linear.mT.unsqueeze(1) + moved
+    def distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Images ``(B, K, 28, 28)``, each under an affine map of its own that is near the identity."""
+        many = x.flatten(0, 1).unsqueeze(1)
+        u = self.distortion * (2 * torch.rand(6, len(many), generator=generator, device=generator.device) - 1)
+        turn, shear, wide, high, right, down = u * u.new_tensor([0.3, 0.3, 0.2, 0.2, 0.15, 0.15]).unsqueeze(1)
+        cos, sin = turn.cos(), turn.sin()
+        rows = [(1 + wide) * cos, shear - sin, right, (1 + high) * sin, (1 + high) * cos, down]
+        grid = affine_grid(torch.stack(rows, 1).unflatten(1, (2, 3)), list(many.shape), align_corners=False)
+        return grid_sample(many, grid, align_corners=False).view_as(x)
 
 
 class _Tasks(Dataset):
