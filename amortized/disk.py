@@ -41,8 +41,8 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all. Text is written as UTF-8."""
-    with whole(path) as unfinished:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    with whole(path) as new:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def make(folder: Path) -> Path:

@@ -105,7 +105,8 @@ def test_numpy_or_torch_one_row_or_many(solver):
 def test_what_cannot_be_solved_says_so_and_what_is_unlike_goes_to_the_solver(solver):
     a = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
     a[1], a[2], a[4] = 40.0, torch.nan, torch.inf
-    answer = solver.solve(a, 0.1)
+    with pytest.warns(UserWarning, match=r"^not solved, as there is NaN in the context: row 2 \(NaN in its context\)$"):
+        answer = solver.solve(a, 0.1)
     assert answer.unlike.tolist()[1]
     assert answer.path[1] == "solver"
     assert answer.certificate[1].isnan()  # not exchangeable with those of the calibration

@@ -112,6 +112,15 @@ def test_a_finite_set_and_a_file_have_so_many_contexts(ckpt, capsys):
     assert "has 300 contexts; asked for 301" in refusal(capsys, *solve(ckpt, "more", "--predict=a.npy", contexts=301))
 
 
+def test_a_context_with_nan_is_named(ckpt, capsys):
+    a = np.zeros((300, 3), np.float32)
+    a[[140, 290], 1] = np.nan
+    np.save("a.npy", a)
+    main(solve(ckpt, "out", "--predict=a.npy", contexts=300))
+    told = [line for line in capsys.readouterr().out.splitlines() if "NaN" in line]
+    assert told == [f"not solved, as there is NaN in the context: row {row} (NaN in its context)" for row in (140, 290)]
+
+
 def test_what_does_not_fit_is_refused_in_one_line(ckpt, capsys):
     main(solve(ckpt, "out", contexts=10))
     assert "their tol is 0.5, given 0.25; name another --out" in refusal(

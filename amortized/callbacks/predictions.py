@@ -17,6 +17,7 @@ from torch.distributions import Distribution
 from amortized import disk, npz
 from amortized.callbacks.parts import Parts, Table, joined
 from amortized.contexts.data_module import ContextDataModule
+from amortized.contexts.files import nan_in
 from amortized.contract import ProblemError, feasibility_tol, of_every_process
 from amortized.module import AmortizedModule
 
@@ -45,7 +46,7 @@ class PredictionWriter(Callback):
 
     A row for each context, in the order of the contexts, whatever the number of processes; ``name`` is what
     :meth:`~amortized.ContextDataModule.names` calls it, by default its number. Of a row that is not finite what
-    is decoded is NaN; how many there are is said in a warning.
+    is decoded is NaN; how many there are, and what is NaN in their contexts, is said in a warning.
 
     Rows are written part by part into ``predictions.parts``, a part after some batches, whole or not at all, and put together
     at the end: no more than a part is ever in memory. A command that was killed goes on, when it is given again, after the
@@ -127,7 +128,7 @@ class PredictionWriter(Callback):
             columns |= arrays(outputs["b"], "b") | objective
             columns |= {k: filled(v, finite["finite"]) for k, v in arrays(outputs["decoded"]).items()}
             columns |= arrays(batch, "a") if self.contexts else {}
-        self._rows.append(columns | finite)
+        self._rows.append(columns | finite | {"why": nan_in(batch)})
         part = number // self._parts.size
         if number == self._parts.batches_of(part)[-1]:
             self._parts.write(part, self._rows)
@@ -149,6 +150,7 @@ class PredictionWriter(Callback):
         tables = self._parts.read(sorted(made) if self._batches is None else self._parts.all())
         columns = joined(tables)
         rows = columns.pop("finite").shape[0]
+        del columns["why"]
         if self._saves:
             path = self._folder / "predictions"
             with disk.whole(self._folder / "predictions.csv") as unfinished, unfinished.open("w", newline="") as file:
@@ -188,21 +190,23 @@ def _device(trainer: Trainer) -> str:
 
 
 class _Told:
-    """Of how many rows something holds, and of which first."""
+    """Of how many rows something holds, and of which first; with what is NaN in their contexts."""
 
     def __init__(self, tables: Iterable[Table], holds: Callable[[Table], np.ndarray]) -> None:
         self.rows = self.count = 0
-        self.first: list[int] = []
+        self.first: list[str] = []
         for table in tables:
             which = holds(table)
             found = np.flatnonzero(which)
-            self.first += (self.rows + found[: 10 - len(self.first)]).tolist()
+            for row in found[: 10 - len(self.first)].tolist():
+                why = table["why"][row]
+                self.first.append(f"{self.rows + row}" + (f" ({why})" if why else ""))
             self.rows, self.count = self.rows + len(which), self.count + len(found)
 
     def tell(self, what: str) -> None:
         """Say so, if there are any."""
         if self.count:
-            named = ", ".join(map(str, self.first)) + (", ..." if self.count > len(self.first) else "")
+            named = ", ".join(self.first) + (", ..." if self.count > len(self.first) else "")
             verb = "is" if self.count == 1 else "are"
             rank_zero_warn(f"{self.count} of {self.rows} {verb} {what}: row {named}")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from amortized import npz
-from amortized.contract import Context, ProblemError, map_leaves
+from amortized.contract import Context, ProblemError, map_leaves, num_rows
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 
@@ -165,6 +165,22 @@ def fields(a: Context, name: str = "") -> dict[str, Tensor]:
         return {name: a}
     parts = a._asdict().items()
     return {k: leaf for field, part in parts for k, leaf in fields(part, f"{name}.{field}" if name else field).items()}
+
+
+def nan_in(a: Context) -> np.ndarray:
+    """Of each row what is NaN in it, in words ``(B,)``: ``NaN in value, mask``; of a lone tensor ``NaN in its context``."""
+    words = np.full(num_rows(a), "", object)
+    for name, leaf in fields(a).items():
+        for row in leaf.isnan().unsqueeze(-1).flatten(1).any(1).nonzero()[:, 0].tolist():
+            words[row] = f"{words[row]}, {name}" if words[row] else f"NaN in {name or 'its context'}"
+    return words.astype(str)
+
+
+def tell_nan(why: np.ndarray, first: int = 0) -> str:
+    """The first ten rows of :func:`nan_in` that have a NaN, in words; counted from ``first``; nothing if there are none."""
+    rows = np.flatnonzero(why != "")
+    named = ", ".join(f"row {first + row} ({why[row]})" for row in rows[:10]) + ", ..." * (len(rows) > 10)
+    return f"not solved, as there is NaN in the context: {named}" if len(rows) else ""
 
 
 def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from amortized import checkpoint, disk, npz
 from amortized.contexts.data_module import ContextDataModule
-from amortized.contexts.files import fields
+from amortized.contexts.files import fields, nan_in, tell_nan
 from amortized.contract import Context, ProblemError, concatenate, num_rows, take
 from amortized.shipping import answer
 from amortized.shipping.answer import Rows
@@ -144,6 +144,8 @@ def _columns(solver: TrainedSolver, plan: Plan, shard: int, progress: tqdm[Any])
         rows.append(Rows(*(column.cpu() for column in found)))
         kept += [a] if plan.with_contexts else []
         progress.update(n)
+        if told := tell_nan(nan_in(a), first):
+            progress.write(told)
     whole = concatenate(rows)
     columns = {name: np.asarray(value.numpy()) for name, value in whole._asdict().items()}
     if kept:

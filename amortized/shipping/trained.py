@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributions import Distribution
 
 from amortized.certificates.conformal import Conformal
 from amortized.contexts.data_module import DTYPES, ContextDataModule, in_precision
-from amortized.contexts.files import as_contexts
+from amortized.contexts.files import as_contexts, nan_in, tell_nan
 from amortized.contract import (
     Context,
     ProblemError,
@@ -144,6 +145,8 @@ class TrainedSolver:
             raise ProblemError(f"tol must be positive, in the objective's unit; got {tol}")
         plain = _is_numpy(a)
         contexts = as_contexts(a, self.like)
+        if told := tell_nan(nan_in(contexts)):
+            rank_zero_warn(told)
         parts = [
             self.rows(take(contexts, slice(at, at + batch_size)), tol, number)
             for number, at in enumerate(range(0, num_rows(contexts), batch_size))
