@@ -84,6 +84,23 @@ def test_a_run_says_of_each_row_where_its_answer_comes_from(solver):
     assert (solver.solve(a, 1e-12).path == "none").any()
 
 
+def test_what_the_network_leaves_of_many_batches_is_solved_together(solver, monkeypatch):
+    a = torch.randn(300, 3, generator=torch.Generator().manual_seed(2))
+    a[::50] = 40.0  # unlike
+    a[7] = torch.nan
+    starts = range(0, 300, 50)
+    alone = [solver.rows(a[at : at + 50], 1e-3, number) for number, at in enumerate(starts)]
+    solved, solve = [], solver.solver.solve
+    monkeypatch.setattr(
+        solver.solver, "solve", lambda problem, near, b: solved.append(len(b)) or solve(problem, near, b)
+    )
+    together = solver.all_rows(((number, a[at : at + 50]) for number, at in enumerate(starts)), 1e-3, 200)
+    assert 200 >= solved[0] > 50  # rows of more than one batch
+    for name, column in together._asdict().items():
+        expected = torch.cat([getattr(rows, name) for rows in alone])
+        assert torch.allclose(column.float(), expected.float(), rtol=1e-4, atol=1e-5, equal_nan=True), name
+
+
 def test_numpy_or_torch_one_row_or_many(solver):
     a = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     answer, same = solver.solve(a, 0.5), solver.solve(a.numpy(), 0.5)

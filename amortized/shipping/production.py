@@ -26,7 +26,6 @@ from amortized.contexts.data_module import ContextDataModule
 from amortized.contexts.files import fields, nan_in, tell_nan
 from amortized.contract import Context, ProblemError, concatenate, num_rows, take
 from amortized.shipping import answer
-from amortized.shipping.answer import Rows
 from amortized.shipping.trained import TrainedSolver
 from amortized.solvers import Solver
 
@@ -133,21 +132,22 @@ def _agree(folder: Path, plan: Plan) -> None:
 
 def _columns(solver: TrainedSolver, plan: Plan, shard: int, progress: tqdm[Any]) -> dict[str, np.ndarray]:
     """What a shard holds."""
-    rows: list[Rows] = []
     kept: list[Context] = []
     per_shard = -(-plan.shard_size // plan.batch_size)
-    for part, (first, n) in enumerate(_parts(plan, shard)):
-        number = shard * per_shard + part
-        drawn = plan.source == "drawn"
-        a = solver.data.produce(number, n, solver.module.device) if drawn else _rows(solver, plan.source, first, n)
-        found = solver.rows(a, plan.tol, number)
-        rows.append(Rows(*(column.cpu() for column in found)))
-        kept += [a] if plan.with_contexts else []
-        progress.update(n)
-        if told := tell_nan(nan_in(a), first):
-            progress.write(told)
-    whole = concatenate(rows)
-    columns = {name: np.asarray(value.numpy()) for name, value in whole._asdict().items()}
+
+    def batches() -> Iterator[tuple[int, Context]]:
+        for part, (first, n) in enumerate(_parts(plan, shard)):
+            number = shard * per_shard + part
+            drawn = plan.source == "drawn"
+            a = solver.data.produce(number, n, solver.module.device) if drawn else _rows(solver, plan.source, first, n)
+            kept.extend([a] if plan.with_contexts else [])
+            if told := tell_nan(nan_in(a), first):
+                progress.write(told)
+            yield number, a
+            progress.update(n)
+
+    whole = solver.all_rows(batches(), plan.tol, plan.batch_size)
+    columns = {name: np.asarray(value.cpu().numpy()) for name, value in whole._asdict().items()}
     if kept:
         named = fields(concatenate(kept), "a")
         columns |= {name: leaf.cpu().numpy() for name, leaf in named.items()}
