@@ -69,6 +69,9 @@ class Template(nn.Module):
         elif adapt != "all":
             raise ValueError(f"Template: adapt must be all, last, film or low_rank; got {adapt!r}")
         self.model = model
+        # One parameter under two names: functional_call would look for such in every call.
+        names, all_names = (dict(model.named_parameters(remove_duplicate=once)) for once in (True, False))
+        self.tied = len(names) < len(all_names)
         self.shapes = {
             name: p.shape
             for name, p in model.named_parameters()
@@ -109,7 +112,7 @@ class Template(nn.Module):
         """The outputs ``(B, K, *)`` of each task's own model at its :meth:`features` ``(B, K, *)``."""
 
         def one(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-            out: Tensor = functional_call(self.model, weights, (x,))
+            out: Tensor = functional_call(self.model, weights, (x,), tie_weights=self.tied)
             return out
 
         if not len(b):  # vmap needs a row
