@@ -86,8 +86,8 @@ class AmortizedModule(LightningModule, abc.ABC):
             (``train/skipped_rows``, ``train/skipped_updates``): see :mod:`amortized.finite`.
 
     Raises:
-        ProblemError: if ``network`` is no module; on the first training batch, if the objective or the network breaks the contract; at any later one whose
-            loss or gradient is not finite.
+        ProblemError: if ``network`` is no module; on the first training batch, if the objective or the network breaks the
+            contract; at any later one whose loss or gradient is not finite.
 
     Example:
         >>> class Projection(AmortizedModule):

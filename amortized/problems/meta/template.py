@@ -69,10 +69,9 @@ class Template(nn.Module):
         elif adapt != "all":
             raise ValueError(f"Template: adapt must be all, last, film or low_rank; got {adapt!r}")
         self.model = model
-        names = (dict(model.named_parameters(remove_duplicate=once)) for once in (True, False))
-        self.tied = (
-            len(set(map(len, names))) > 1
-        )  # one parameter under two names; to look for these takes time in every call
+        # One parameter under two names: functional_call would look for such in every call.
+        names, all_names = (dict(model.named_parameters(remove_duplicate=once)) for once in (True, False))
+        self.tied = len(names) < len(all_names)
         self.shapes = {
             name: p.shape
             for name, p in model.named_parameters()
