@@ -86,8 +86,8 @@ class AmortizedModule(LightningModule, abc.ABC):
             (``train/skipped_rows``, ``train/skipped_updates``): see :mod:`amortized.finite`.
 
     Raises:
-        ProblemError: on the first training batch, if the objective or the network breaks the contract; at any later one whose
-            loss or gradient is not finite.
+        ProblemError: if ``network`` is no module; on the first training batch, if the objective or the network breaks the
+            contract; at any later one whose loss or gradient is not finite.
 
     Example:
         >>> class Projection(AmortizedModule):
@@ -111,6 +111,11 @@ class AmortizedModule(LightningModule, abc.ABC):
         multipliers: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise ProblemError(
+                f"{type(self).__name__}: network must be a torch.nn.Module, got a {type(network).__name__}: annotate it, "
+                "def __init__(self, network: nn.Module, ...), for the command line to build what is named"
+            )
         self.network = network
         self.refine = refine
         self.multipliers = multipliers

@@ -13,18 +13,21 @@ from amortized.contract import violation
 from amortized.networks import MLP
 from amortized.problems import (
     CartPole,
+    ChainStates,
     ClosedLoop,
     DoubleIntegrator,
     IntegratorStates,
+    MassChain,
     Pendulum,
     Policy,
     Sphere,
     SwingUp,
     SystemStates,
 )
-from amortized.problems.control import SpeedLimit, receding_horizon
+from amortized.problems.control import LinearControl, SpeedLimit, receding_horizon
+from amortized.problems.control.chain import chain
 from amortized.problems.control.closed_loop import planners
-from amortized.solvers import ADMM, Gauge, Sequence
+from amortized.solvers import ADMM, Box, Gauge, Sequence
 
 SYSTEMS = [Pendulum, CartPole]
 
@@ -32,6 +35,11 @@ SYSTEMS = [Pendulum, CartPole]
 def integrator(**kwargs):
     torch.manual_seed(0)
     return DoubleIntegrator(MLP(2, 20), refine=Sequence([SpeedLimit(), Gauge()]), **kwargs)
+
+
+def masses(**kwargs):
+    torch.manual_seed(0)
+    return MassChain(MLP(8, 60), refine=Sequence([Box(-1, 1), Gauge()]), **kwargs)
 
 
 def states(n=256, **kwargs):
@@ -51,25 +59,26 @@ def along(problem, b, a):
     return total, x
 
 
-@pytest.mark.parametrize("problem", [integrator(), *(SwingUp(MLP(2, 60), make()) for make in SYSTEMS)])
+@pytest.mark.parametrize("problem", [integrator(), masses(), *(SwingUp(MLP(2, 60), make()) for make in SYSTEMS)])
 def test_the_objective_is_the_cost_of_all_moves(problem):
     torch.manual_seed(1)
-    d = 2 if isinstance(problem, DoubleIntegrator) else len(problem.system.names)
-    a = torch.rand(5, d) - 0.5
-    b = torch.randn(5, problem.horizon)
+    linear = isinstance(problem, LinearControl)
+    a = torch.rand(5, len(problem.dynamics) if linear else len(problem.system.names)) - 0.5
+    b = torch.randn_like(problem.initial(a))
     total, end = along(problem, b, a)
     torch.testing.assert_close(problem.objective(b, a), total, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(problem.states(b, a)[:, -1], end, rtol=1e-4, atol=1e-4)
 
 
-def test_the_program_is_the_objective_but_for_the_cost_of_doing_nothing():
-    problem, a = integrator(), states(8)
-    b = torch.randn(8, 20)
+@pytest.mark.parametrize(("problem", "limits"), [(integrator(), [5.0, 2.0]), (masses(), [2.0] * 8)])
+def test_the_program_is_the_objective_but_for_the_cost_of_doing_nothing(problem, limits):
+    a = torch.rand(8, len(limits)) - 0.5
+    b = torch.randn_like(problem.initial(a))
     p = problem.program(a)
     value = (b @ p.P * b).sum(1) / 2 + (p.q * b).sum(1)
     torch.testing.assert_close(problem.objective(b, a) - problem.objective(0 * b, a), value, rtol=1e-3, atol=1e-3)
-    pushed = torch.maximum(p.lower - b @ p.A.mT, b @ p.A.mT - p.upper)[:, 20:].unflatten(1, (20, 2))
-    beyond = problem.states(b, a).abs() - torch.tensor([5.0, 2.0])
+    pushed = torch.maximum(p.lower - b @ p.A.mT, b @ p.A.mT - p.upper)[:, b.shape[1] :].unflatten(1, (20, -1))
+    beyond = problem.states(b, a).abs() - torch.tensor(limits)
     torch.testing.assert_close(pushed, beyond, rtol=1e-4, atol=1e-4)
 
 
@@ -86,6 +95,38 @@ def test_every_plan_keeps_all_limits_where_any_plan_does():
     for scale in (1, 30):
         b = problem.refine.iterates(problem, a, scale * torch.randn(1024, 20))
         assert violation(problem, list(b)[-1], a)[can].max() < 1e-5
+
+
+def test_every_plan_for_a_chain_keeps_all_limits():
+    problem, a = masses(), ChainStates(num_test=4096).contexts("test")
+    p, inside = problem.program(a), problem.interior(a)
+    ax = inside @ p.A.mT
+    assert torch.minimum(p.upper - ax, ax - p.lower).amin() > 1e-4
+    for scale in (1, 30):
+        *_, b = problem.refine.iterates(problem, a, scale * torch.randn_like(inside))
+        assert violation(problem, b, a).max() < 1e-5
+    few = ADMM(tol=1e-7).solve(problem, a[:256], problem.initial(a[:256]))
+    assert few.converged.all()
+    pushed = problem.states(few.b, a[:256]).abs().flatten(1).amax(1)
+    assert (pushed > 2 - 1e-4).any()  # displacements and velocities are limits too, not tensions alone
+    assert (few.value < problem.objective(inside[:256], a[:256])).all()
+
+
+def test_a_chain_is_four_masses_and_five_springs():
+    """Without tension it swings for ever; a tension moves two neighbours apart or together, and no other at first."""
+    (dynamics, _), (_, push) = chain(4, 0.5), chain(4, 1e-3)
+    x = torch.randn(8, dtype=torch.float64)
+
+    def energy(x):
+        stretch = torch.cat([x.new_zeros(1), x[:4], x.new_zeros(1)]).diff()
+        return float(stretch.square().sum() + x[4:].square().sum()) / 2
+
+    at = [x]
+    for _ in range(200):
+        at.append(dynamics @ at[-1])
+    assert max(map(energy, at)) - min(map(energy, at)) < 1e-9 * energy(x)
+    expected = 1e-3 * torch.tensor([[1, 0, 0], [-1, 1, 0], [0, -1, 1], [0, 0, -1]], dtype=torch.float64)
+    torch.testing.assert_close(push[4:], expected, rtol=0, atol=1e-8)
 
 
 def test_a_speed_limit_leaves_alone_what_keeps_it():
@@ -127,6 +168,18 @@ def test_a_policy_gives_the_cheapest_of_its_proposals(make):
     plans, costs = problem.network._rolled(a.repeat_interleave(3, 0))
     torch.testing.assert_close(problem.objective(plans, a.repeat_interleave(3, 0)), costs, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(problem.objective(problem(a), a), costs.view(16, 3).amin(1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", SYSTEMS)
+def test_a_residual_policy_begins_with_the_rule(make):
+    torch.manual_seed(0)
+    system = make()
+    problem = SwingUp(Policy(system, proposals=2, hidden=[8], residual=True), system)
+    a = SystemStates(system, num_test=16).contexts("test")
+    with torch.no_grad():
+        problem.network.mlp[-1].weight.zero_()
+        problem.network.mlp[-1].bias.zero_()
+    torch.testing.assert_close(problem(a), problem.initial(a), rtol=1e-4, atol=1e-4)
 
 
 def test_a_policy_learns_through_the_model():
@@ -195,12 +248,12 @@ def test_the_callback_needs_a_problem_of_control():
             ClosedLoop(**wrong)
 
 
-@pytest.mark.parametrize("recipe", ["mpc_double_integrator", "pendulum_swingup"])
+@pytest.mark.parametrize("recipe", ["mpc_double_integrator", "mpc_chain", "pendulum_swingup", "cartpole_swingup"])
 def test_the_loop_is_in_the_report(recipe, tmp_path):
     small = ["--data.init_args.num_test=8", "--data.init_args.num_val=8", "--budget.enabled=false"]
     small += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false"]
     small += ["--data.init_args.evaluations=null"]
-    if recipe == "pendulum_swingup":
+    if recipe.endswith("swingup"):
         small += ["--gap.solver.init_args.starts=2", "--gap.solver.init_args.solver.init_args.steps=3"]
         loop = "{class_path: ClosedLoop, init_args: {steps: 3, solver: {class_path: LBFGS, init_args: {steps: 2}}}}"
     else:

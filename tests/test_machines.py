@@ -14,7 +14,7 @@ from amortized.cli.app import main
 
 __all__ = ["ckpt", "slurm"]  # the fixtures
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @contextlib.contextmanager

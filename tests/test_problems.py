@@ -32,6 +32,7 @@ from amortized.problems import (
     VAE,
     BlackBoxInventory,
     CartPole,
+    ChainStates,
     Classification,
     CloudPotential,
     CloudTransport,
@@ -65,6 +66,7 @@ from amortized.problems import (
     LinearGaussian,
     LinearGaussianContexts,
     LotkaVolterra,
+    MassChain,
     MixtureClouds,
     NeuralPosterior,
     NeuralProcess,
@@ -96,7 +98,7 @@ from amortized.problems import (
 )
 from amortized.problems.inference.evidence import AnnealedImportanceSampling
 from amortized.problems.style import Stylization
-from amortized.solvers import LBFGS, Completion, Gauge, GradientDescent, LearnedUpdate, Simplex
+from amortized.solvers import LBFGS, Box, Completion, Gauge, GradientDescent, LearnedUpdate, Sequence, Simplex
 from amortized.testing import CHECKS, check_problem, equal
 
 
@@ -270,6 +272,7 @@ CASES = {
     "inventory": Case(lambda: Inventory(MLP(9, 3)), InventoryContexts, positive),
     "inventory, black box": Case(black_box, InventoryContexts, positive),
     "double integrator": Case(lambda: DoubleIntegrator(MLP(2, 20), refine=Gauge()), IntegratorStates, finite),
+    "chain of masses": Case(lambda: MassChain(MLP(8, 60), refine=Sequence([Box(-1, 1), Gauge()])), ChainStates, finite),
     "pendulum": Case(lambda: swing_up(Pendulum()), of_system(Pendulum), weak),
     "cart-pole": Case(lambda: swing_up(CartPole()), of_system(CartPole), weak),
     "DC3": Case(lambda: ConvexDC3(ResidualMLP(50, 100, [16]), refine=Gauge()), DC3Contexts, finite),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -91,6 +92,20 @@ def test_a_run_killed_loses_nothing_and_does_nothing_twice(ckpt, kills, contexts
     main(solve(ckpt, "killed", contexts=contexts))
     assert digests("killed") == whole
     assert all(Path("killed", name).stat().st_mtime_ns == done[name] for name in notes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_job_that_is_preempted_leaves_whole_shards_alone(ckpt, number):
+    job = solve(ckpt, "out", contexts=50_000)
+    run = Run(job)
+    run.wait_for(lambda: digests("out"))
+    run.signal(number)
+    assert run.wait() == 128 + number, run.output()
+    names = {path.name for path in Path("out").iterdir()}
+    shards = {name.removesuffix(".npz") for name in names if name.endswith(".npz")}
+    assert 0 < len(shards) < 391
+    assert not [name for name in names if name.endswith("unfinished")]
+    assert {path.stem for path in Path("out").glob("shard-*.json")} <= shards
 
 
 def test_what_is_damaged_is_found_and_made_anew(ckpt):

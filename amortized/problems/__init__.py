@@ -24,9 +24,11 @@ from amortized.problems.constrained import (
 )
 from amortized.problems.control import (
     CartPole,
+    ChainStates,
     ClosedLoop,
     DoubleIntegrator,
     IntegratorStates,
+    MassChain,
     Pendulum,
     Policy,
     SpeedLimit,
@@ -97,9 +99,11 @@ __all__ = [
     "SpeedLimit",
     "Policy",
     "Pendulum",
+    "MassChain",
     "IntegratorStates",
     "DoubleIntegrator",
     "ClosedLoop",
+    "ChainStates",
     "CartPole",
     "Template",
     "Prototypes",

@@ -11,8 +11,9 @@ paths that it rolls out.
 
 Source: Sutton & Barto (2018) and Barto, Sutton & Anderson (1983) for the two systems, with the numbers of Gymnasium's
 ``Pendulum`` and ``CartPole``; Åström & Furuta (2000), *Swinging up a pendulum by energy control*, for the cold start;
-Deisenroth & Rasmussen (2011) for policies through a model; Guzmán-Rivera et al. (2012), *Multiple choice learning*, for
-proposals of which the best counts.
+Deisenroth & Rasmussen (2011) for policies through a model; Johannink et al. (2019), *Residual reinforcement learning for robot
+control*, for learning what a rule lacks; Guzmán-Rivera et al. (2012), *Multiple choice learning*, for proposals of which the best
+counts.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class System(nn.Module, abc.ABC):
     @abc.abstractmethod
     def rule(self, x: Tensor) -> Tensor:
         """A force in the range ``(B, 1)`` that a simple rule takes, which is where solvers start."""
+
+    def ruled(self, x: Tensor) -> Tensor:
+        """The rule as a b ``(B, 1)``: nine tenths of its force, which a finite b can say."""
+        return (0.9 * self.rule(x) / self.limit).atanh()
 
     def features(self, x: Tensor) -> Tensor:
         """What a policy sees of a state, all about 1 in size: angles by sine and cosine."""
@@ -169,9 +174,8 @@ class SwingUp(AmortizedModule):
         x = a
         plan: list[Tensor] = []
         for _ in range(self.horizon):
-            u = 0.9 * self.system.rule(x)  # what a finite b can say
-            plan.append((u / self.system.limit).atanh())
-            x = self.system.step(x, u)
+            plan.append(self.system.ruled(x))
+            x = self.system.step(x, self.system.limit * plan[-1].tanh())
         return torch.cat(plan, 1)
 
     def decode(self, b: Tensor, a: Tensor) -> Tensor:
@@ -192,7 +196,9 @@ def _cost(system: System, path: Tensor, u: Tensor) -> Tensor:
 class Policy(nn.Module):
     """``b_t = π_k(x_t, t)``, rolled out through a system: ``(B, d) -> (B, horizon)``, the cheapest of K proposals.
 
-    All K paths are rolled out as rows of one batch. The gradient is that of the cheapest alone, so that proposals part.
+    All K paths are rolled out as rows of one batch. The gradient is that of the cheapest alone, so that proposals part. With
+    ``residual`` the network says what the system's rule lacks, ``b_t = rule(x_t) + π_k(x_t, t)``: it begins with paths that get
+    somewhere, along which gradients neither vanish nor explode as those of a system that falls over.
 
     Args:
         system: what is moved.
@@ -200,6 +206,7 @@ class Policy(nn.Module):
         proposals: K.
         hidden: widths of the layers, shared by the proposals.
         activation: see :class:`~amortized.networks.MLP`.
+        residual: whether to add to the rule.
 
     Raises:
         ValueError: if there is no proposal or no step.
@@ -212,12 +219,14 @@ class Policy(nn.Module):
         proposals: int = 4,
         hidden: Sequence[int] = (64, 64),
         activation: str = "silu",
+        residual: bool = False,
     ) -> None:
         super().__init__()
         if proposals < 1 or horizon < 1:
             raise ValueError(f"Policy: proposals and horizon must be positive; got {proposals} and {horizon}")
         self.system, self.horizon, self.proposals = system if system is not None else Pendulum(), horizon, proposals
         seen = len(self.system.names) + len(self.system.angles)
+        self.residual = residual
         self.mlp = MLP(seen + 1 + proposals, 1, hidden, activation)
 
     def forward(self, a: Tensor) -> Tensor:
@@ -235,6 +244,8 @@ class Policy(nn.Module):
         for t in range(self.horizon):
             time = x.new_full((len(x), 1), t / self.horizon)
             raw = self.mlp(torch.cat([self.system.features(path[-1]), time, which], 1))
+            if self.residual:
+                raw = raw + self.system.ruled(path[-1])
             path.append(self.system.step(path[-1], self.system.limit * raw.tanh()))
             plan.append(raw)
         plans = torch.cat(plan, 1)

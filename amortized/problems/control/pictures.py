@@ -34,7 +34,7 @@ def draw_plans(portrait: Portrait, paths: dict[str, Tensor], controls: dict[str,
     Args:
         portrait: what to show of the system.
         paths: ``(B, T + 1, d)``, by method.
-        controls: ``(B, T, 1)``, by method.
+        controls: ``(B, T, m)``, by method.
         few: contexts to show, at most.
     """
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def draw_plans(portrait: Portrait, paths: dict[str, Tensor], controls: dict[str,
     phase.legend(frameon=False, fontsize=8)
     for i, axes in enumerate(right.subplots(shown, 1, sharex=True, squeeze=False)[:, 0]):
         for plan, line in zip(controls.values(), LINES, strict=False):
-            u = plan[i, :, 0].detach().cpu()
+            u = plan[i].detach().cpu()
             at = portrait.period * torch.arange(len(u))
             axes.step(at, u, line, where="post", color=COLORS[i % len(COLORS)], linewidth=1.4)
         for edge in (-portrait.limit, portrait.limit):
