@@ -144,6 +144,8 @@ class PredictionWriter(Callback):
         return np.array([next(written).name if known else "" for known in finite])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._batches is not None:
+            trainer.datamodule.predict_batches = None  # type: ignore[attr-defined]
         made = [part for of_one in of_every_process(self._made, trainer.world_size) for part in of_one]
         if not trainer.is_global_zero:
             return
