@@ -116,8 +116,9 @@ SMALL = (
 
 
 def small(text):
-    """Settings of a short run; a MultiStart has the steps of its solver, a solution set few contexts."""
+    """Settings of a short run; a MultiStart has the steps of its solver, a solution set or costly certificate few contexts."""
     few = ["--data.init_args.solutions.init_args.contexts=64"] if "SolveOnce" in text else []
+    few += ["--certificate.contexts=8"] if "views: true" in text else []  # nine views of every image
     if "MultiStart" not in text:
         return [*SMALL, *few]
     return [option.replace("gap.solver", "gap.solver.init_args.solver") for option in (*SMALL, *few)]
