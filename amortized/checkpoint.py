@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import pickle
 import re
 import zipfile
@@ -71,7 +70,7 @@ def save(checkpoint: dict[str, Any], path: str | Path, sealed: bool = True) -> N
     if fault := not_finite(checkpoint):
         raise CheckpointError(f"{path} is not written: {fault}")
     disk.make(path.parent)
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}.unfinished")
+    unfinished = disk.unfinished(path)
     try:
         with unfinished.open("wb") as file:
             try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -18,16 +21,28 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: its content reaches the disk before its name does. Text is written as UTF-8."""
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}.unfinished")
+def unfinished(path: Path) -> Path:
+    """Beside a file, the name under which this process writes it: no other's, also of another machine that has the same disk."""
+    return path.with_name(f".{socket.gethostname()}.{os.getpid()}.{path.name}.unfinished")
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write, which is ``path`` at the end, or gone after a fault: its content reaches the disk before its name does."""
+    new = unfinished(path)
     try:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-        sync(unfinished)
-        unfinished.replace(path)
+        yield new
+        sync(new)
+        new.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all. Text is written as UTF-8."""
+    with whole(path) as new:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def make(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from amortized.contract import (
     Context,
     ProblemError,
     Solved,
+    check_context,
     check_solved,
     check_support,
     constrained,
@@ -45,20 +47,23 @@ from amortized.contract import (
 )
 from amortized.finite import FiniteUpdates
 from amortized.first_batch import check_network
-from amortized.lightning_private import LeanModule, logs_now, trainer_of
+from amortized.lightning_private import logs_now, trainer_of
 from amortized.losses.objective import Loss, ObjectiveLoss
 from amortized.rebuild import rebuild
 from amortized.solvers.base import Solver
+from amortized.strategies import check_strategy
 from amortized.update import Update, compiled_update
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LOADER = "the batch of a loader"
+"""Who gave a batch, in messages."""
 SKIPPED = "amortized_skipped"
 """Key under which a checkpoint holds how many rows and updates training left out."""
 
 
-class AmortizedModule(LeanModule, abc.ABC):
+class AmortizedModule(LightningModule, abc.ABC):
     """A problem ``min_b L(b; a)`` together with a model that amortizes it.
 
     Parameters that ``objective`` has (a decoder, a dictionary) are parameters of the module and train jointly.
@@ -81,8 +86,8 @@ class AmortizedModule(LeanModule, abc.ABC):
             (``train/skipped_rows``, ``train/skipped_updates``): see :mod:`amortized.finite`.
 
     Raises:
-        ProblemError: on the first training batch, if the objective or the network breaks the contract; at any later one whose
-            loss or gradient is not finite.
+        ProblemError: if ``network`` is no module; on the first training batch, if the objective or the network breaks the
+            contract; at any later one whose loss or gradient is not finite.
 
     Example:
         >>> class Projection(AmortizedModule):
@@ -106,6 +111,11 @@ class AmortizedModule(LeanModule, abc.ABC):
         multipliers: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise ProblemError(
+                f"{type(self).__name__}: network must be a torch.nn.Module, got a {type(network).__name__}: annotate it, "
+                "def __init__(self, network: nn.Module, ...), for the command line to build what is named"
+            )
         self.network = network
         self.refine = refine
         self.multipliers = multipliers
@@ -209,7 +219,10 @@ class AmortizedModule(LeanModule, abc.ABC):
 
         Compiled updates are all made here. Lightning's own step after them finds no gradient, and makes none.
         """
-        batches = batch if isinstance(batch, list) else [batch]
+        together = getattr(getattr(self.trainer, "datamodule", None), "batches_per_step", 1)
+        batches = batch if isinstance(batch, list) and together > 1 else [batch]
+        for a in batches:
+            check_context(a, LOADER)
         if not self._checked:
             self.check(batches[0], updates=len(batches))
         numbers = [self._number(batch_idx, k, len(batches)) for k in range(len(batches))]
@@ -237,6 +250,10 @@ class AmortizedModule(LeanModule, abc.ABC):
             return data.position - (self.trainer.world_size - self.trainer.global_rank) * together + k
         return batch_idx * together + k
 
+    def setup(self, stage: str) -> None:
+        """Refuses a strategy that splits the model over devices; an override calls this too."""
+        check_strategy(self.trainer.strategy)
+
     def on_train_start(self) -> None:
         """Refuses a schedule that ends before the training does, now and not at its last step; an override calls this too."""
         for config in self.trainer.lr_scheduler_configs:
@@ -251,6 +268,13 @@ class AmortizedModule(LeanModule, abc.ABC):
                         else f"write --model.scheduler.total_steps {self.trainer.max_steps}"
                     )
                 )
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As in Lightning; where updates are compiled they were clipped there, and there is no gradient here."""
+        if not self.compiled:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Lets no update through that is not finite; an override calls this too."""
@@ -282,6 +306,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         Of a problem with constraints ``val/feasible`` is the fraction of feasible predictions and ``val/violation`` the mean of
         their violation.
         """
+        check_context(a, LOADER)
         check_support(self, a)
         b = self(a)
         value = evaluate(self, b, a)
@@ -303,6 +328,7 @@ class AmortizedModule(LeanModule, abc.ABC):
         Of a problem with constraints their ``violation`` too. A context with a NaN is not shown to the model: its prediction is
         NaN, those of the other rows are as without it. Where no row is finite, nothing is decoded: ``None``.
         """
+        check_context(a, LOADER)
         check_support(self, a)
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
         known = take(a, given)

@@ -135,7 +135,7 @@ def refuse(module: AmortizedModule) -> None:
     for part in (module, *trainer.callbacks):  # type: ignore[attr-defined]
         for hook in BETWEEN:
             where = next((cls.__module__ for cls in type(part).__mro__ if hook in vars(cls)), "lightning.")
-            if not where.startswith(("lightning.", "amortized.module", "amortized.lightning_private")):
+            if not where.startswith(("lightning.", "amortized.module")):
                 raise ProblemError(
                     f"compile: true makes gradient and step in one call, and {type(part).__name__}.{hook} comes between them: "
                     "write compile: false"

@@ -12,6 +12,7 @@
   held-out tasks (20-way: 250) of alphabets that training never saw, and that of a solver of the support sets, on the
   same features.
 * The gradient that two processes average, against that of one on the same tasks, in float64.
+* A step of second-order MAML beside a loop over tasks and beside parallel-metalearn: :mod:`benchmarks.maml_step`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from amortized.problems import (
 )
 from amortized.problems.meta import CharacterTasks, generalization, interval
 from amortized.solvers import LBFGS, GradientDescent, Implicit
+from benchmarks import maml_step
 
 FOLDER = Path(__file__).parent.parent / "checkpoints"
 P, LAST = 1761, 41
@@ -188,8 +190,8 @@ def characters(name: str, data: type[CharacterTasks], tasks: int, goal: float | 
         set_ = data(ways=ways, shots=shots, num_test=tasks if ways == 5 else tasks // 4, eval_batch_size=100 // ways)
         found: dict[str, list[Tensor]] = {}
         for number in range(set_.num_batches("test")):
-            a = set_.batch("test", number)
             with torch.no_grad():
+                a = module.prepare(set_.batch("test", number))  # so that images go through the shared layers once
                 b = module(a)
             for key, values in generalization(module, a, b, LBFGS(100)).items():
                 found.setdefault(key, []).append(values)
@@ -270,8 +272,8 @@ def draw(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few updates and tasks: whether it runs")
-    parser.add_argument("--only", nargs="+", help="of processes, gp_regression, sinusoids, glyphs, omniglot")
-    parser.add_argument("--updates", type=int, default=1500, help="of each method on sinusoids")
+    parser.add_argument("--only", nargs="+", help="of processes, maml_step, gp_regression, sinusoids, glyphs, omniglot")
+    parser.add_argument("--updates", type=int, default=1000, help="of each method on sinusoids")
     parser.add_argument(
         "--pictures", type=Path, help="only draw the pictures of docs/meta_learning.md, into this folder"
     )
@@ -283,6 +285,7 @@ def main() -> None:
     tasks = 50 if args.quick else 1000
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "processes": processes,
+        "maml_step": lambda: maml_step.rows(3 if args.quick else 30),
         "gp_regression": lambda: gaussian_processes(tasks),
         "sinusoids": lambda: sinusoids(20 if args.quick else args.updates, tasks),
         "glyphs": lambda: characters("glyphs", Glyphs, tasks, None),

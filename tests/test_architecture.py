@@ -16,12 +16,12 @@ ROOT = Path(__file__).parent.parent / "amortized"
 # Each floor imports from those below it alone, and from its own part of the floor.
 FLOORS = [
     ["contract", "disk"],
-    ["checkpoint"],
+    ["checkpoint", "npz"],
     ["rebuild"],
     ["solvers", "networks", "contexts", "posteriors"],
     ["certificates"],
     ["losses", "lightning_private", "finite"],
-    ["launched", "update", "first_batch"],
+    ["launched", "update", "first_batch", "strategies"],
     ["module"],
     ["evaluation"],
     ["testing", "report", "loggers"],

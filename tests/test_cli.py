@@ -140,6 +140,7 @@ def test_options_override_the_recipe_and_print_config_round_trips(capsys):
 WRONG = [
     (["fit", "-c", "vae_digit"], "no recipe 'vae_digit' (did you mean vae_digits"),
     (["fit", "-c", "missing/file.yaml"], "no recipe 'missing/file.yaml'"),
+    (["fit", "-c", "bomm.yaml"], "no recipe 'bomm.yaml' (did you mean bomb.yaml?): write the path of a YAML file"),
     (["fit"], "arguments are required"),
     (["train"], "invalid choice: 'train'"),
     (["fit", "-c", "vae_digits", "--model=VEA"], "model: there is no class 'VEA' (did you mean VAE"),

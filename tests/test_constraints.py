@@ -38,6 +38,7 @@ from amortized.solvers import (
     Adam,
     AugmentedLagrangian,
     GaussNewton,
+    InteriorPoint,
     MultiStart,
     ProjectedGradient,
     solver_for,
@@ -468,7 +469,7 @@ def test_a_solver_by_structure():
     class Squares(Free):
         residuals = Free.objective
 
-    kinds = {Box: ADMM, Sphere: AugmentedLagrangian, Disc: AugmentedLagrangian, Projected: ProjectedGradient}
+    kinds = {Box: ADMM, Sphere: InteriorPoint, Disc: InteriorPoint, Projected: ProjectedGradient}
     for problem, kind in (kinds | {Sparse: FISTA, Squares: GaussNewton, Free: LBFGS}).items():
         assert type(solver_for(problem())) is kind
 
@@ -596,4 +597,4 @@ def test_a_model_that_breaks_its_constraints_is_no_win_and_is_told_so():
     assert advice(model, AugmentedLagrangian(), found).startswith(
         "only 0.0% of the predictions are feasible: a loss that"
     )
-    assert "--gap.solver AugmentedLagrangian" in advice(model, LBFGS(), found)
+    assert "--gap.solver InteriorPoint" in advice(model, LBFGS(), found)

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import pickle
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,8 @@ import pytest
 import torch
 from toy import LazyGaussians
 
-from amortized.contexts.files import load_contexts
+from amortized.contexts import files
+from amortized.contexts.files import FileRows, load_contexts, open_contexts
 from amortized.contract import ProblemError
 
 A = np.arange(18.0).reshape(6, 3) / 8  # exact in every float
@@ -225,3 +227,39 @@ def test_contexts_of_a_file_beside_a_data_set_of_single_rows():
     np.save("points.npy", A)
     data = LazyGaussians(predict="points.npy")
     assert torch.equal(data.batch("predict", 0), torch.from_numpy(A).float())
+
+
+ROWS = Masked(torch.from_numpy(A).float(), torch.arange(6) > 2)
+RECORDS = np.zeros(6, [("value", "f8", 3), ("mask", "?")])
+RECORDS["value"], RECORDS["mask"] = A, ROWS.mask
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.npz", {"mask": ROWS.mask.numpy(), "value": A.astype(">f8")}), ("records.npy", RECORDS)],
+    ids=["npz", "npy"],
+)
+def test_a_large_file_is_mapped(name, content, monkeypatch):
+    monkeypatch.setattr(files, "MEMORY", 0)
+    rows = open_contexts(write(name, content), like=MASKED)
+    assert isinstance(rows, FileRows)
+    assert len(rows) == 6
+    index = torch.tensor([4, 0, 4])
+    for found in (rows, pickle.loads(pickle.dumps(rows))):
+        assert all(map(torch.equal, found.take(index), (leaf[index] for leaf in ROWS)))
+    assert all(map(torch.equal, rows[1], (leaf[1] for leaf in ROWS)))
+
+
+def test_a_large_file_that_cannot_be_mapped_is_read_or_refused_as_a_small_one(monkeypatch):
+    monkeypatch.setattr(files, "MEMORY", 0)
+    np.savez_compressed("compressed.npz", value=A, mask=ROWS.mask)
+    assert all(map(torch.equal, open_contexts("compressed.npz", like=MASKED), ROWS))
+    assert torch.equal(open_contexts(write("a.csv", b"1,2,3"), like=TENSOR), torch.tensor([[1.0, 2.0, 3.0]]))
+    for name, content in (("cut.npz", packed("a.npz", {"value": A})[:100]), ("other.npy", b"no array")):
+        with pytest.raises(ProblemError, match=f"^{name} cannot be read: it is damaged"):
+            open_contexts(write(name, content), like=TENSOR)
+    with pytest.raises(ProblemError, match=r"wide.npy has contexts of shape \(6, 1, 3\); expected"):
+        open_contexts(write("wide.npy", A[:, None]), like=TENSOR)
+    rows = open_contexts(write("half.npz", {"value": A, "mask": A[:, 1]}), like=MASKED)
+    with pytest.raises(ProblemError, match="half.npz holds 0.125 in mask, which bool cannot; expected the fields"):
+        rows.take(torch.arange(2))

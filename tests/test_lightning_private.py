@@ -1,20 +1,17 @@
 """What is used of Lightning's private side, name by name: a new version that changes one fails here first."""
 
 import pytest
-import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
 from toy import Gaussians, Quadratic
 
 from amortized.lightning_private import (
     CommandLine,
-    Unprofiled,
     begun_run,
     between_steps,
     hand_over_metrics,
     launches_processes,
-    lean,
     log_from_step,
     logs_now,
     set_run,
@@ -137,26 +134,9 @@ def test_a_run_of_wandb_is_held_by_its_logger(tmp_path):
     began.finish()
 
 
-def test_the_lean_step_leaves_out_hooks_that_nobody_wrote():
-    losses = []
-    for spared in (False, True):
-        torch.manual_seed(0)
-        watch, module = Watch(), Quadratic()
-        trainer = run([watch], max_steps=3, limit_val_batches=0, profiler=Unprofiled() if spared else None)
-        if spared:
-            lean(trainer, plain_step=True)
-            assert watch.on_after_backward is None
-        trainer.fit(module, Gaussians())
-        assert len(watch.steps) == 3
-        losses.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
-    assert torch.equal(*losses)
-
-
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (LightningModule, "_on_before_batch_transfer"),
-        (LightningModule, "_apply_batch_transfer_handler"),
         (LightningCLI, "_parser"),
         (LightningCLI, "_parse_ckpt_path"),
         (LightningCLI, "_run_subcommand"),

@@ -56,6 +56,18 @@ def test_a_template_is_the_model_of_each_task_at_its_own_parameters(adapt, model
     assert template(b[:0], x[:0]).shape == (0, 6, 3)
 
 
+def test_a_template_may_have_layers_of_one_weight():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    model[2].weight, model[2].bias = model[0].weight, model[0].bias
+    template = Template(model)
+    b, x = torch.randn(2, template.size), torch.randn(2, 4, 3)
+    weight, bias = template.weights(b).values()
+    once = torch.einsum("bij,bkj->bki", weight, x) + bias.unsqueeze(1)
+    expected = torch.einsum("bij,bkj->bki", weight, once.tanh()) + bias.unsqueeze(1)
+    torch.testing.assert_close(template(b, x), expected)
+
+
 @pytest.mark.parametrize("adapt", ["film", "low_rank", "all"])
 def test_a_template_starts_as_the_model_that_it_was_given(adapt):
     model, x = images(), torch.randn(2, 5, 8, 8)
@@ -185,6 +197,12 @@ def test_two_processes_average_to_the_gradient_of_one(name):
 
     torch.manual_seed(0)
     assert two_processes_apart(METHODS[name][0](), SinusoidContexts(batch_size=8).batch("train", 0)) < 1e-6
+
+
+def test_a_step_of_maml_on_all_tasks_at_once_is_that_of_a_clone_for_each():
+    from benchmarks.maml_step import compare
+
+    assert max(apart for _, apart in compare(turns=1).values()) < 1e-5
 
 
 def test_metasgd_has_a_step_size_for_each_parameter():

@@ -1,6 +1,11 @@
 """What ``predict`` writes: every row by its name, a bad one alone not a number, all processes into one folder."""
 
 import csv
+import errno
+import re
+import shutil
+import time
+import tracemalloc
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +18,9 @@ from test_cli import error
 from torch.distributions import Normal
 from toy import Pair, Quadratic
 
+from amortized.callbacks.parts import Parts
 from amortized.cli.app import main
+from amortized.contexts import files
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 KEEPS_NOTHING = ["--trainer.callbacks=test_predictions.KeepsNothing"]
@@ -48,6 +55,14 @@ class Difference(Quadratic):
         return super().objective(b, self.observe(a))
 
 
+class Slow(Quadratic):
+    """Takes its time over each batch, so that it can be killed in the midst of them."""
+
+    def decode(self, b, a):
+        time.sleep(0.005)
+        return b
+
+
 class Filed(Quadratic):
     """A file for each row."""
 
@@ -56,6 +71,13 @@ class Filed(Quadratic):
         for row, file in zip(decoded, files, strict=True):
             np.save(file, row.numpy())
         return files
+
+
+class Ragged(Quadratic):
+    """Decodes to shapes that depend on the context."""
+
+    def decode(self, b, a):
+        return b[:, : 1 + int(a[0, 0] > 1)]
 
 
 class OwnFolder(Callback):
@@ -106,14 +128,15 @@ def test_a_bad_row_costs_nothing_but_itself(value):
     model = "test_predictions.Strict" if np.isnan(value) else "toy.Quadratic"
     good = predict(model, torch.cat([a[:2], a[3:]]))
     a[2, 1] = value
-    with pytest.warns(UserWarning, match="^1 of 6 is not finite: row 2$"):
+    why = r" \(NaN in its context\)" if np.isnan(value) else ""
+    with pytest.warns(UserWarning, match=f"^1 of 6 is not finite: row 2{why}$"):
         found = predict(model, a)
     for key in good.keys() - {"name"}:
         assert np.array_equal(np.delete(found[key], 2, 0), good[key]), key
     assert not np.isfinite(found["objective"][2])
     assert all(np.isnan(found[key][2]).all() for key in found if key.startswith("decoded"))
     a[:] = value
-    with pytest.warns(UserWarning, match=r"^6 of 6 are not finite: row 0, 1, 2, 3, 4, 5$"):
+    with pytest.warns(UserWarning, match="^6 of 6 are not finite: row " + ", ".join(f"{row}{why}" for row in range(6))):
         found = predict(model, a)
     assert not np.isfinite(found["objective"]).any()
 
@@ -149,7 +172,7 @@ def test_rows_are_named_and_have_their_contexts_on_request(capfd):
     assert found["name"].tolist() == [f"{row:06d}" for row in range(6)]
     assert not [key for key in found if key.startswith("a")]
     a.y[1, 0] = torch.nan
-    with pytest.warns(UserWarning, match="row 1"):
+    with pytest.warns(UserWarning, match=r"^1 of 6 is not finite: row 1 \(NaN in y\)$"):
         found = predict("test_predictions.Difference", a, "--predictions.contexts=true", data="toy.Pairs")
     assert np.array_equal(found["a.x"], a.x.numpy())
     assert np.array_equal(found["a.y"], a.y.numpy(), equal_nan=True)
@@ -180,6 +203,127 @@ def test_of_a_bad_row_no_file_is_written():
     assert rows[1]["objective"] == "nan"
 
 
+def slow(contexts, folder, *options):
+    """In 130 batches, 2 to a part: 65 parts."""
+    model = ["--model=test_predictions.Slow", "--data=toy.Gaussians", f"--data.predict={contexts}"]
+    return [
+        "predict",
+        *model,
+        "--ckpt_path=untrained",
+        f"--run_folder={folder}",
+        "--data.eval_batch_size=3",
+        *QUIET,
+        *options,
+    ]
+
+
+def test_a_command_that_was_killed_goes_on_and_ends_with_the_same_bytes(capsys, monkeypatch):
+    values = np.random.default_rng(0).normal(size=(388, 3)).astype(np.float32)
+    values[[5, 300]] = np.nan
+    np.save("a.npy", values)
+    np.save("b.npy", values + 1)
+    with pytest.warns(UserWarning, match="^2 of 388 are not finite: row 5 .NaN in its context., 300 "):
+        main(slow("a.npy", "whole"))
+    whole = Path("whole/predictions.npz").read_bytes()
+    parts = Path("killed/predictions.parts")
+    run = Run(slow("a.npy", "killed"))
+    run.wait_for(lambda: len(list(parts.glob("[0-9]*.npz"))) > 10)
+    run.kill()
+    done = {path: path.stat().st_mtime_ns for path in parts.glob("[0-9]*.npz")}
+    assert 10 < len(done) < 60
+    assert all(len(np.load(path)["b"]) == 6 for path in done)  # each is whole
+    assert not Path("killed/predictions.npz").exists()
+    shutil.copytree("killed", "two")
+    shutil.copytree("killed", "other")
+
+    made, write = [], Parts.write
+
+    def counted(self, part, batches):
+        made.append(part)
+        write(self, part, batches)
+
+    monkeypatch.setattr(Parts, "write", counted)
+    capsys.readouterr()
+    main(slow("a.npy", "killed"))
+    assert f"goes on: {len(done)} of 65 parts of the predictions are done" in capsys.readouterr().out
+    assert sorted(made) == sorted({*range(65)} - {int(path.stem) for path in done})
+    assert Path("killed/predictions.npz").read_bytes() == whole
+    assert not parts.exists()
+
+    again = Run(slow("a.npy", "two", "--trainer.devices=2", "--trainer.strategy=ddp_fork"))
+    assert again.wait() == 0, again.output()
+    assert re.search(f"goes on: {len(done)} of 65", again.output())
+    assert Path("two/predictions.npz").read_bytes() == whole
+
+    main(slow("b.npy", "other"))  # of other contexts: nothing there is of use
+    assert "goes on" not in capsys.readouterr().out
+    main(slow("b.npy", "fresh"))
+    assert Path("other/predictions.npz").read_bytes() == Path("fresh/predictions.npz").read_bytes() != whole
+
+
+def test_a_command_that_was_killed_after_its_last_part_puts_them_together(capsys, monkeypatch):
+    def full(self, parts):
+        raise OSError(errno.ENOSPC, "no space is left")
+
+    whole = predict("toy.Quadratic", torch.ones(5, 3), "--data.eval_batch_size=2")
+    expected = Path("out/predictions.npz").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "read", full)
+        with pytest.raises(SystemExit):
+            predict("toy.Quadratic", None, "--data.predict=contexts.npy", "--data.eval_batch_size=2")
+    Path("out/predictions.npz").unlink()
+    again = predict("toy.Quadratic", None, "--data.predict=contexts.npy", "--data.eval_batch_size=2")
+    assert "goes on: 3 of 3 parts" in capsys.readouterr().out
+    assert Path("out/predictions.npz").read_bytes() == expected
+    assert whole.keys() == again.keys()
+
+
+def test_memory_is_that_of_a_part(monkeypatch):
+    """Of 500 batches, in parts of 7."""
+    monkeypatch.setattr(files, "MEMORY", 0)  # the file is mapped
+    np.save("a.npy", np.random.default_rng(0).normal(size=(1000, 2000)).astype(np.float32))
+    sizes = ["--model.dim=2000", "--data.dim=2000", "--data.eval_batch_size=2", "--data.predict=a.npy"]
+    tracemalloc.start()
+    try:
+        main(
+            [
+                "predict",
+                "--model=toy.Quadratic",
+                "--data=toy.Gaussians",
+                "--ckpt_path=untrained",
+                "--run_folder=out",
+                *sizes,
+                *QUIET,
+            ]
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    size = Path("out/predictions.npz").stat().st_size
+    assert size > 2 * 1000 * 2000 * 4
+    assert peak < size / 4
+    assert np.load("out/predictions.npz")["b"].shape == (1000, 2000)
+
+
+def test_rows_of_other_shapes_in_other_batches_are_refused(capfd):
+    np.save("a.npy", np.arange(6, dtype=np.float32).reshape(6, 1).repeat(3, 1))
+    args = [
+        "--model=test_predictions.Ragged",
+        "--data=toy.Gaussians",
+        "--data.predict=a.npy",
+        "--data.eval_batch_size=2",
+    ]
+    told = error(["predict", *args, "--ckpt_path=untrained", *QUIET], capfd)
+    assert "decoded is of shape (2, 2) in one batch, with rows of shape (1,) in another: decode must give rows" in told
+
+
+@pytest.mark.parametrize("limit", ["--trainer.limit_predict_batches=2", "--trainer.fast_dev_run=1"])
+def test_some_batches_alone(limit):
+    np.save("contexts.npy", np.zeros((9, 3), np.float32))
+    found = predict("toy.Quadratic", torch.zeros(9, 3), "--data.eval_batch_size=2", limit)
+    assert found["name"].tolist() == [f"{row:06d}" for row in range(4 if "limit" in limit else 2)]
+
+
 @pytest.mark.parametrize("model", ["Filed", "Difference"])
 def test_processes_with_folders_of_their_own_write_into_that_of_the_first(model):
     data = ["--data=toy.FiniteGaussians"] if model == "Filed" else ["--data=toy.Pairs", "--data.num_test=833"]
@@ -202,6 +346,8 @@ def test_processes_with_folders_of_their_own_write_into_that_of_the_first(model)
         assert [row["file"] for row in table()] == names
     else:
         assert np.load("out/predictions.npz")["b"].shape == (833, 3)
+        main([arg.replace("=out", "=one") for arg in args if "trainer." not in arg] + QUIET)
+        assert Path("out/predictions.npz").read_bytes() == Path("one/predictions.npz").read_bytes()
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])

@@ -7,10 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from lightning import Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from test_recipes import skip_without_data
+from toy import Gaussians, Quadratic
 
+from amortized import strategies
 from amortized.cli.app import main
 from amortized.cli.recipes import recipes
+from amortized.contract import ProblemError
 
 TWO = [
     "--trainer.devices=2",
@@ -51,6 +56,28 @@ def test_a_recipe_trains_validates_tests_and_predicts(recipe, size):
         assert len(np.load("predict/predictions.npz")["b"]) == total
     else:
         assert len(Path("predict/predictions.csv").read_text().splitlines()) == total + 1
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_3"])
+def test_a_strategy_that_splits_the_model_is_refused_before_the_first_step(strategy, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--model=toy.Quadratic", "--data=toy.Gaussians", f"--trainer.strategy={strategy}"])
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: strategy {strategy} splits the model")
+    assert told.endswith("write --trainer.strategy ddp, with a model that one device can hold\n")
+
+
+class Split(SingleDeviceStrategy):
+    """Stands, on one device, for those that split a model over devices, which need several."""
+
+
+def test_a_trainer_of_one_s_own_is_refused_such_a_strategy_too(monkeypatch):
+    monkeypatch.setattr(strategies, "SPLITTING", (Split,))
+    trainer = Trainer(strategy=Split("cpu"), accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False)
+    with pytest.raises(ProblemError, match="strategy Split splits the model"):
+        trainer.fit(Quadratic(), Gaussians())
+    assert trainer.global_step == 0
 
 
 FAULTY = {

@@ -20,7 +20,7 @@ from runs import Run, last_checkpoint
 from test_checkpoints import FIT, GOOD, LAST, MODEL, QUIET, fitted, flip, refusal, rewrite, seal, truncate
 from test_reliability import assert_same, recipe
 
-from amortized import checkpoint, disk
+from amortized import checkpoint, disk, npz
 from amortized.cli.app import main
 
 __all__ = ["fitted"]  # the fixture
@@ -71,11 +71,15 @@ def launched(args, rank, port):
     return Run(args, log=f"log-{rank}.txt", **{name: str(value) for name, value in environment.items()})
 
 
-@pytest.mark.parametrize("command", ["fit", "predict"])
-def test_processes_that_start_apart_have_one_folder(command):
+@pytest.fixture
+def port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_processes_that_start_apart_have_one_folder(command, port):
     args = [command, "--model=toy.Filed", "--data=toy.FiniteGaussians", "--data.eval_batch_size=50", *QUIET]
     args += ["--trainer.max_steps=2"] if command == "fit" else ["--ckpt_path=untrained"]
     late = []
@@ -87,6 +91,19 @@ def test_processes_that_start_apart_have_one_folder(command):
     (folder,) = Path("runs/Filed").iterdir()
     if command == "predict":
         assert len(list((folder / "predictions").iterdir())) == 833
+
+
+def test_processes_that_would_go_on_from_different_checkpoints_are_refused(port):
+    """As on machines that do not share the disk: here the second looks for them in a folder of its own."""
+    main([*FIT, "--run_folder=run", "--trainer.devices=2", "--trainer.strategy=ddp_fork"])
+    together = [
+        launched([*FIT, "--resume=auto", f"--run_folder={name}"], rank, port)
+        for rank, name in enumerate(("run", "new"))
+    ]
+    told = "process 0 begins with step=00000020.ckpt of step 20, process 1 with no checkpoint: all need the same folder run"
+    for each in together:
+        assert each.wait() == 2, each.output()
+        assert f"error: {told}, on a disk that their machines share\n" in each.output()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +138,7 @@ def test_a_disk_that_takes_nothing_is_told(number, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(np, "savez", fail)
+    monkeypatch.setattr(npz, "write", fail)
     error = refusal(capsys, "predict", *MODEL, *QUIET, "--ckpt_path=untrained", "--run_folder=run")
     assert error == f"error: run: {os.strerror(number)}\n"
 
@@ -397,6 +414,12 @@ def test_without_resume_auto_a_job_is_not_put_back_to_start_over(slurm):
     assert not Path("told").exists()
 
 
+def test_a_job_whose_tasks_have_no_place_is_told(slurm, monkeypatch, capsys):
+    for name, value in (slurm | {"SLURM_NTASKS": "2"}).items():
+        monkeypatch.setenv(name, value)
+    assert "Use `--ntasks-per-node=2` instead" in refusal(capsys, *FIT)
+
+
 def test_lightning_counts_its_slurm_checkpoints_right(tmp_path):
     trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
     for number in (1, 2, 3):
@@ -464,3 +487,15 @@ def test_weights_that_do_not_fit_are_named(run, capsys):
     error = refusal(capsys, *FIT, "--model.dim=4", "--data.dim=4", "--init_from=run", "--run_folder=tuned")
     assert f"--init_from {LAST}: the checkpoint is of another network: its network.0.weight has shape (16, 3)" in error
     assert "no such checkpoint: none.ckpt" in refusal(capsys, *FIT, "--init_from=none.ckpt")
+
+
+def test_a_folder_keeps_the_settings_of_the_last_command_of_a_kind(run):
+    before = Path("run/config.yaml").read_text()
+    np.save("a.npy", np.zeros((2, 3), np.float32))
+    for size in (7, 8, 9):
+        more = ["--data.predict=a.npy", f"--data.eval_batch_size={size}"]
+        main(["predict", "-c", "run/config.yaml", "--run_folder=run", *more])
+    main(["test", "-c", "run/config.yaml", "--run_folder=run"])
+    assert {path.name for path in run.glob("config*")} == {"config.yaml", "config-predict.yaml", "config-test.yaml"}
+    assert Path("run/config.yaml").read_text() == before
+    assert yaml.safe_load(Path("run/config-predict.yaml").read_text())["data"]["init_args"]["eval_batch_size"] == 9

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from test_checkpoints import refusal
-from toy import Gaussians, Quadratic
+from toy import Allocation, Gaussians, Quadratic, Sums
 
 import amortized
 from amortized import ProblemError, checkpoint
 from amortized.cli.app import main
+from amortized.contract import Polyhedron
 from amortized.shipping.export import CLOSE, export
 from amortized.shipping.trained import TrainedSolver
-from amortized.solvers import LBFGS
+from amortized.solvers import LBFGS, Seek, solver_for
 
 SPHERE = Path(__file__).parent.parent / "checkpoints" / "sphere.ckpt"
 
@@ -53,6 +54,36 @@ def test_a_random_objective_draws_in_the_graph_too():
     about = export(untrained(Quadratic(noise=1.0)), Path("noisy.pt2"))
     assert about["random_objective"]
     assert max(about["largest_difference"].values()) <= CLOSE
+
+
+class Curved(Quadratic):
+    """On a curve, within a ball."""
+
+    def equality(self, b, a):
+        return b[:, :1] * b[:, 1:2] - 0.1
+
+    def inequality(self, b, a):
+        return b.square().sum(1, keepdim=True) - 4
+
+
+class Flat(Allocation):
+    """As a program, and to the model alone as a polyhedron."""
+
+    def polyhedron(self, a):
+        return Polyhedron(a.new_ones(1, 3), a[:, :1], a[:, :1])
+
+
+@pytest.mark.parametrize("problem", [Curved, Flat])
+def test_a_model_that_seeks_feasible_points_has_a_free_batch_size(problem):
+    data = (Sums if problem is Flat else Gaussians)(num_val=16, num_test=32)
+    module = problem(refine=Seek(steps=2))
+    about = export(TrainedSolver(module, data, solver_for(module), name="toy"), Path("toy.pt2"))
+    assert about["compared_on"] == 1000
+    assert max(about["largest_difference"].values()) <= CLOSE
+    run = torch.export.load("toy.pt2").module()
+    for rows in (1, 7):
+        a = data.produce(7, rows)
+        assert torch.allclose(run(a)[0], module(a), atol=1e-5)
 
 
 class Counting(Quadratic):

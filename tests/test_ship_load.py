@@ -1,6 +1,7 @@
 """What a checkpoint holds is rebuilt and answers: bit for bit as ``predict`` does, with a certificate that holds."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,8 @@ def test_a_reference_checkpoint_predicts_bit_for_bit_what_the_command_line_does(
     solver._set_up()
     a = data.batch("predict", 0)
     found = solver.predict(a)
+    sent = pickle.loads(pickle.dumps(solver))  # to a process of another engine
+    assert torch.equal(sent.predict(a)["b"], found["b"])
     if type(module).save is not AmortizedModule.save:  # writes files: what they are made of is compared
         again = type(solver)(module, data, solver.solver).predict(a)
         assert torch.equal(found["b"], again["b"])
@@ -81,6 +84,23 @@ def test_a_run_says_of_each_row_where_its_answer_comes_from(solver):
     assert (solver.solve(a, 1e-12).path == "none").any()
 
 
+def test_what_the_network_leaves_of_many_batches_is_solved_together(solver, monkeypatch):
+    a = torch.randn(300, 3, generator=torch.Generator().manual_seed(2))
+    a[::50] = 40.0  # unlike
+    a[7] = torch.nan
+    starts = range(0, 300, 50)
+    alone = [solver.rows(a[at : at + 50], 1e-3, number) for number, at in enumerate(starts)]
+    solved, solve = [], solver.solver.solve
+    monkeypatch.setattr(
+        solver.solver, "solve", lambda problem, near, b: solved.append(len(b)) or solve(problem, near, b)
+    )
+    together = solver.all_rows(((number, a[at : at + 50]) for number, at in enumerate(starts)), 1e-3, 200)
+    assert 200 >= solved[0] > 50  # rows of more than one batch
+    for name, column in together._asdict().items():
+        expected = torch.cat([getattr(rows, name) for rows in alone])
+        assert torch.allclose(column.float(), expected.float(), rtol=1e-4, atol=1e-5, equal_nan=True), name
+
+
 def test_numpy_or_torch_one_row_or_many(solver):
     a = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     answer, same = solver.solve(a, 0.5), solver.solve(a.numpy(), 0.5)
@@ -102,7 +122,8 @@ def test_numpy_or_torch_one_row_or_many(solver):
 def test_what_cannot_be_solved_says_so_and_what_is_unlike_goes_to_the_solver(solver):
     a = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
     a[1], a[2], a[4] = 40.0, torch.nan, torch.inf
-    answer = solver.solve(a, 0.1)
+    with pytest.warns(UserWarning, match=r"^not solved, as there is NaN in the context: row 2 \(NaN in its context\)$"):
+        answer = solver.solve(a, 0.1)
     assert answer.unlike.tolist()[1]
     assert answer.path[1] == "solver"
     assert answer.certificate[1].isnan()  # not exchangeable with those of the calibration

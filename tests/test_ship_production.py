@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -93,6 +94,20 @@ def test_a_run_killed_loses_nothing_and_does_nothing_twice(ckpt, kills, contexts
     assert all(Path("killed", name).stat().st_mtime_ns == done[name] for name in notes)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_job_that_is_preempted_leaves_whole_shards_alone(ckpt, number):
+    job = solve(ckpt, "out", contexts=50_000)
+    run = Run(job)
+    run.wait_for(lambda: digests("out"))
+    run.signal(number)
+    assert run.wait() == 128 + number, run.output()
+    names = {path.name for path in Path("out").iterdir()}
+    shards = {name.removesuffix(".npz") for name in names if name.endswith(".npz")}
+    assert 0 < len(shards) < 391
+    assert not [name for name in names if name.endswith("unfinished")]
+    assert {path.stem for path in Path("out").glob("shard-*.json")} <= shards
+
+
 def test_what_is_damaged_is_found_and_made_anew(ckpt):
     main(solve(ckpt, "out"))
     whole = digests("out")
@@ -110,6 +125,15 @@ def test_a_finite_set_and_a_file_have_so_many_contexts(ckpt, capsys):
     got = np.concatenate([np.load(path)["a"] for path in sorted(Path("out").glob("*.npz"))])
     assert np.array_equal(got, np.load("a.npy"))
     assert "has 300 contexts; asked for 301" in refusal(capsys, *solve(ckpt, "more", "--predict=a.npy", contexts=301))
+
+
+def test_a_context_with_nan_is_named(ckpt, capsys):
+    a = np.zeros((300, 3), np.float32)
+    a[[140, 290], 1] = np.nan
+    np.save("a.npy", a)
+    main(solve(ckpt, "out", "--predict=a.npy", contexts=300))
+    told = [line for line in capsys.readouterr().out.splitlines() if "NaN" in line]
+    assert told == [f"not solved, as there is NaN in the context: row {row} (NaN in its context)" for row in (140, 290)]
 
 
 def test_what_does_not_fit_is_refused_in_one_line(ckpt, capsys):

@@ -11,10 +11,10 @@ from lightning import Trainer
 from test_checkpoints import refusal
 from toy import Allocation, FiniteGaussians, Gaussians, Pairs, Quadratic, Sums
 
-from amortized import HardContexts, ObjectiveLoss, ProblemError, RegressionLoss
+from amortized import HardContexts, ObjectiveLoss, ProblemError, RegressionLoss, npz
 from amortized.cli.app import main
 from amortized.contexts import SolutionSet, solutions
-from amortized.contexts.solutions import SolvedRows, mapped
+from amortized.contexts.solutions import SolvedRows
 from amortized.contract import Solved, leaves, take
 from amortized.losses import SumLoss
 from amortized.shipping.solutions import SolveOnce
@@ -59,7 +59,7 @@ def test_what_is_read_is_what_was_written():
     shards = [dict(np.load(path)) for path in sorted(Path("set").glob("*.npz"))]
     assert [len(shard["b"]) for shard in shards] == [64, 64, 22]
     whole = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
-    for name, column in mapped(Path("set/shard-000002.npz")).items():
+    for name, column in npz.mapped(Path("set/shard-000002.npz")).items():
         assert np.array_equal(column, shards[2][name], equal_nan=True)
     rows = SolvedRows(Path("set"), 3, torch.zeros(1, 3))
     assert len(rows) == 150

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributions import Distribution
 
+from amortized import disk, npz
+from amortized.callbacks.parts import Parts, Table, joined
 from amortized.contexts.data_module import ContextDataModule
-from amortized.contract import ProblemError, feasibility_tol
+from amortized.contexts.files import nan_in
+from amortized.contract import ProblemError, feasibility_tol, of_every_process
 from amortized.module import AmortizedModule
 
 
@@ -42,11 +46,15 @@ class PredictionWriter(Callback):
 
     A row for each context, in the order of the contexts, whatever the number of processes; ``name`` is what
     :meth:`~amortized.ContextDataModule.names` calls it, by default its number. Of a row that is not finite what
-    is decoded is NaN; how many there are is said in a warning.
+    is decoded is NaN; how many there are, and what is NaN in their contexts, is said in a warning.
+
+    Rows are written part by part into ``predictions.parts``, a part after some batches, whole or not at all, and put together
+    at the end: no more than a part is ever in memory. A command that was killed goes on, when it is given again, after the
+    parts that are done, on any number of processes; parts of other weights, settings or contexts are made anew.
 
     A module that writes files of its own (:meth:`~amortized.AmortizedModule.save`) does so batch by batch, into
-    ``predictions/``; nothing of a batch is kept but the names of the files and their objectives, in ``predictions.csv``. Of
-    a row that is not finite no file is written.
+    ``predictions/``, and ``predictions.csv`` has the names of the files and their objectives. Of a row that is not finite no
+    file is written.
 
     Args:
         contexts: write the contexts as well: ``a``, or ``a.FIELD`` of each field.
@@ -57,18 +65,41 @@ class PredictionWriter(Callback):
 
     def __init__(self, contexts: bool = False) -> None:
         self.contexts = contexts
+        self.plan: dict[str, Any] | None = None
+        """What the predictions depend on: given to a later command with the same plan, parts that are done stay."""
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Deal the parts that are not done to the processes."""
+        if stage != "predict":
+            return
         assert isinstance(pl_module, AmortizedModule)
-        self._batches: list[tuple[int, dict[str, np.ndarray]]] = []
-        # Processes that were launched apart may have chosen folders of their own.
-        self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
         self._saves = type(pl_module).save is not AmortizedModule.save
         if self._saves and self.contexts:
             raise ProblemError(
                 f"predictions.contexts: {type(pl_module).__name__} writes each prediction as a file, whose name says of which "
                 "context it is, and no predictions.npz that contexts could be in"
             )
+        # Processes that were launched apart may have chosen folders of their own.
+        self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
+        folder = self._folder / "predictions.parts"
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._rows: list[dict[str, np.ndarray]] = []
+        self._made: list[int] = []
+        self._batches: list[int] | None = None
+        """Numbers of the batches of this process; ``None``: the loader is the user's own, or ends before its last batch."""
+        if not _all_batches(trainer):
+            self._parts = Parts(folder)
+            if trainer.is_global_zero:
+                self._parts.begin()
+            trainer.strategy.barrier("predictions.parts")
+            return
+        plan = None if self.plan is None else self.plan | {"contexts": self.contexts, "device": _device(trainer)}
+        self._parts = Parts(folder, plan, data.num_batches("predict"))
+        done = trainer.strategy.broadcast(self._parts.begin() if trainer.is_global_zero else [])
+        if done and trainer.is_global_zero:
+            print(f"goes on: {len(done)} of {len(self._parts.all())} parts of the predictions are done")
+        left = sorted({*self._parts.all()} - {*done})[trainer.global_rank :: trainer.world_size]
+        self._batches = data.predict_batches = [batch for part in left for batch in self._parts.batches_of(part)]
 
     def on_predict_batch_end(
         self,
@@ -80,73 +111,106 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         assert isinstance(pl_module, AmortizedModule)
-        number = batch_idx * trainer.world_size + trainer.global_rank
+        finite = arrays(outputs["finite"], "finite")
+        if not len(finite["finite"]):  # of a process with nothing to do
+            return
+        known = self._batches
+        number = batch_idx * trainer.world_size + trainer.global_rank if known is None else known[batch_idx]
         data = trainer.datamodule  # type: ignore[attr-defined]
         names = np.array(data.names("predict", number), str) if isinstance(data, ContextDataModule) else None
-        finite = arrays(outputs["finite"], "finite")
         objective = arrays(outputs["objective"], "objective")
         objective |= arrays(outputs["violation"], "violation") if "violation" in outputs else {}
         if self._saves:
             assert names is not None
-            folder = self._folder / "predictions"
-            folder.mkdir(parents=True, exist_ok=True)
-            known = finite["finite"]
-            paths = [folder / name for name in names[known]]
-            files = pl_module.save(outputs["decoded"], paths) if paths else []
-            file = np.full(len(names), "", object)
-            file[known] = [path.name for path in files]
-            columns = {"file": file} | objective
+            columns = {"file": self._save(pl_module, outputs["decoded"], names, finite["finite"])} | objective
         else:
             columns = {} if names is None else {"name": names}
             columns |= arrays(outputs["b"], "b") | objective
             columns |= {k: filled(v, finite["finite"]) for k, v in arrays(outputs["decoded"]).items()}
             columns |= arrays(batch, "a") if self.contexts else {}
-        self._batches.append((number, columns | finite))
+        self._rows.append(columns | finite | {"why": nan_in(batch)})
+        part = number // self._parts.size
+        if number == self._parts.batches_of(part)[-1]:
+            self._parts.write(part, self._rows)
+            self._made.append(part)
+            self._rows = []
+
+    def _save(self, module: AmortizedModule, decoded: Any, names: np.ndarray, finite: np.ndarray) -> np.ndarray:
+        """The names of the files that the module writes, empty for a row that is not finite."""
+        folder = self._folder / "predictions"
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / name for name in names[finite]]
+        written = iter(module.save(decoded, paths) if paths else [])
+        return np.array([next(written).name if known else "" for known in finite])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = self._batches
-        if trainer.world_size > 1:
-            gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
-            torch.distributed.gather_object(batches, gathered)
-            batches = [batch for process in gathered or [] for batch in process]
+        if self._batches is not None:
+            trainer.datamodule.predict_batches = None  # type: ignore[attr-defined]
+        made = [part for of_one in of_every_process(self._made, trainer.world_size) for part in of_one]
         if not trainer.is_global_zero:
             return
-        batches.sort(key=lambda batch: batch[0])
-        self._folder.mkdir(parents=True, exist_ok=True)
-        columns = _concatenated([parts for _, parts in batches])
-        finite = columns.pop("finite")
+        tables = self._parts.read(sorted(made) if self._batches is None else self._parts.all())
+        columns = joined(tables)
+        rows = columns.pop("finite").shape[0]
+        del columns["why"]
         if self._saves:
-            with (self._folder / "predictions.csv").open("w", newline="") as table:
-                writer = csv.writer(table)
+            path = self._folder / "predictions"
+            with disk.whole(self._folder / "predictions.csv") as unfinished, unfinished.open("w", newline="") as file:
+                writer = csv.writer(file)
                 writer.writerow(columns)
-                writer.writerows(zip(*columns.values(), strict=True))
-            print(f"{finite.sum()} predictions written into {self._folder / 'predictions'}")
+                for pieces in zip(*(column.pieces for column in columns.values()), strict=True):
+                    writer.writerows(zip(*pieces, strict=True))
         else:
             path = self._folder / "predictions.npz"
-            np.savez(path, **columns)
-            print(f"{len(finite)} solutions written to {path}")
-        assert isinstance(pl_module, AmortizedModule)
-        _tell_rows(~finite, "not finite")
+            npz.write(path, columns)
+        bad = _Told(tables, lambda table: ~table["finite"])
+        if self._saves:
+            print(f"{rows - bad.count} predictions written into {path}")
+        else:
+            print(f"{rows} solutions written to {path}")
+        bad.tell("not finite")
         if "violation" in columns:
+            assert isinstance(pl_module, AmortizedModule)
             tol = feasibility_tol(pl_module)
-            _tell_rows(finite & ~(columns["violation"] <= tol), f"not feasible within {tol:g}")
+            broken = _Told(tables, lambda table: table["finite"] & ~(table["violation"] <= tol))
+            broken.tell(f"not feasible within {tol:g}")
+        self._parts.end()
 
 
-def _concatenated(batches: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """All rows of each column, NaN in those of a batch of which nothing was decoded."""
-    known = {key: column for parts in batches for key, column in parts.items()}
-    full = max(batches, key=len)
-    for parts in batches:
-        none = np.zeros(len(parts["finite"]), bool)
-        parts |= {key: filled(column[:0], none) for key, column in known.items() if key not in parts}
-    return {key: np.concatenate([parts[key] for parts in batches]) for key in full}
+def _all_batches(trainer: Trainer) -> bool:
+    """Whether every batch of a data module of ours is predicted for."""
+    data, limit = trainer.datamodule, trainer.limit_predict_batches  # type: ignore[attr-defined]
+    ours = isinstance(data, ContextDataModule) and (
+        type(data).predict_dataloader is ContextDataModule.predict_dataloader
+    )
+    return ours and isinstance(limit, float) and limit == 1.0
 
 
-def _tell_rows(which: np.ndarray, what: str) -> None:
-    """Say of how many rows something holds, and of which."""
-    if rows := np.flatnonzero(which).tolist():
-        named = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
-        rank_zero_warn(f"{len(rows)} of {len(which)} {'is' if len(rows) == 1 else 'are'} {what}: row {named}")
+def _device(trainer: Trainer) -> str:
+    """Its kind: on another, the last digits are others."""
+    return trainer.strategy.root_device.type
+
+
+class _Told:
+    """Of how many rows something holds, and of which first; with what is NaN in their contexts."""
+
+    def __init__(self, tables: Iterable[Table], holds: Callable[[Table], np.ndarray]) -> None:
+        self.rows = self.count = 0
+        self.first: list[str] = []
+        for table in tables:
+            which = holds(table)
+            found = np.flatnonzero(which)
+            for row in found[: 10 - len(self.first)].tolist():
+                why = table["why"][row]
+                self.first.append(f"{self.rows + row}" + (f" ({why})" if why else ""))
+            self.rows, self.count = self.rows + len(which), self.count + len(found)
+
+    def tell(self, what: str) -> None:
+        """Say so, if there are any."""
+        if self.count:
+            named = ", ".join(self.first) + (", ..." if self.count > len(self.first) else "")
+            verb = "is" if self.count == 1 else "are"
+            rank_zero_warn(f"{self.count} of {self.rows} {verb} {what}: row {named}")
 
 
 def filled(rows: np.ndarray, given: np.ndarray) -> np.ndarray:

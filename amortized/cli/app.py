@@ -44,8 +44,8 @@ from amortized.cli.help_text import COMMANDS, help_text, top_help
 from amortized.cli.next_steps import next_steps
 from amortized.cli.parsing import Parser, cause_of, full_options
 from amortized.cli.recipes import recipes, resolve_recipe
-from amortized.cli.run_folder import RUN, AgreeOnFolder, RunTrainer, run_folder
-from amortized.cli.saved_recipe import SaveRecipe, check_recipe, recipe_of
+from amortized.cli.run_folder import RUN, Agree, RunTrainer, run_folder
+from amortized.cli.saved_recipe import SaveRecipe, check_recipe, predictions_of, recipe_of
 from amortized.cli.slurm import requeue
 from amortized.cli.surroundings import any_terminal, say, working_directory_importable
 from amortized.cli.which_checkpoint import find_checkpoint, resumable, trained
@@ -53,10 +53,11 @@ from amortized.contexts.data_module import ContextDataModule
 from amortized.contract import ProblemError, faults
 from amortized.evaluation.calibration import Calibration
 from amortized.launched import tell_faults
-from amortized.lightning_private import CommandLine, Unprofiled, lean, log_from_step
+from amortized.lightning_private import CommandLine, log_from_step
 from amortized.loggers.csv import MetricsLogger
 from amortized.loggers.wandb import attempt, finish, log_checkpoint, wandb_logger
 from amortized.module import AmortizedModule
+from amortized.strategies import check_strategy
 
 CERTIFIED = (SingleDeviceStrategy, DDPStrategy)
 """Strategies under which every process has the whole model."""
@@ -213,6 +214,7 @@ class AmortizedCLI(CommandLine):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with this run's folder, loggers, checkpoint files and callbacks."""
         settings = self.config_init[self.subcommand]
+        check_strategy(settings["trainer"]["strategy"])  # before Lightning says what it lacks
         if settings["threads"] is None:
             torch.set_num_threads(default_threads(self.model))
         folder = run_folder(str(self.subcommand), self.recipe, settings["run_folder"], self.resumed.path)
@@ -224,6 +226,9 @@ class AmortizedCLI(CommandLine):
         gap, budget, saver = settings["gap"], settings["budget"], settings["checkpoint"]
         if held := self.resumed.checkpoint.get(checkpoint.CERTIFICATE):
             settings["certificate"].calibration = Calibration.of(held)
+        if self.subcommand == "predict":
+            text = self.parser_of("predict").dump(self.config.predict, skip_unset=False)
+            settings["predictions"].plan = predictions_of(text, self.resumed.path)
         given = settings["trainer"]["callbacks"] or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if settings["trainer"]["enable_progress_bar"] is not False and not any(
@@ -231,17 +236,22 @@ class AmortizedCLI(CommandLine):
         ):
             callbacks.append(ProgressBar())
         report = Report(self.recipe, gap, budget, command=self.command)
-        kwargs["callbacks"] = [AgreeOnFolder(), *callbacks, Interrupt(saver), report]
-        if settings["trainer"]["profiler"] is None:
-            kwargs["profiler"] = Unprofiled()
-        trainer = super().instantiate_trainer(**kwargs)
+        kwargs["callbacks"] = [Agree(self._start()), *callbacks, Interrupt(saver), report]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:  # Lightning's, of what SLURM says
+            raise UsageError(str(error)) from error
         self._check_processes(trainer)
         if not os.environ.get("AMORTIZED_DEBUG"):
             tell_faults(trainer, one_line)
         # Lightning reads the checkpoint itself; these may be large.
         self.resumed = self.initial = checkpoint.Newest(None, {}, [])
-        lean(trainer, plain_step=type(self.model).training_step is AmortizedModule.training_step)
         return trainer
+
+    def _start(self) -> str:
+        """What this process begins with, in words."""
+        path = self.resumed.path
+        return "no checkpoint" if path is None else f"{path.name} of step {self.resumed.step}"
 
     def _loggers(self, settings: Any, folder: Path) -> list[Logger] | bool:
         """Ours after the user's own, unless there are to be none."""

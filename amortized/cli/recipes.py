@@ -44,8 +44,9 @@ def resolve_recipe(name: str) -> str:
     known = recipes()
     if name.removesuffix(".yaml") in known:
         return str(known[name.removesuffix(".yaml")])
+    files = [str(path) for path in sorted(Path(name).parent.glob("*.yaml"))]
     raise UsageError(
-        f"no recipe {name!r}{close(name, known)}; there are {', '.join(known)}, or give the path of a YAML file"
+        f"no recipe {name!r}{close(name, [*known, *files])}: write the path of a YAML file, or a name from amortized list"
     )
 
 

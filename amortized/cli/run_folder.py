@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from amortized import checkpoint, disk
 from amortized.cli.errors import UsageError
+from amortized.contract import of_every_process
 
 RUN = "AMORTIZED_RUN_FOLDER"
 """Environment variable by which processes that a run launches find its folder."""
@@ -27,12 +28,29 @@ class RunTrainer(Trainer):
         return self.agreed or super().default_root_dir
 
 
-class AgreeOnFolder(Callback):
-    """Tells every process the folder of the first, as soon as they are connected."""
+class Agree(Callback):
+    """As soon as the processes are connected, tells every one the folder of the first.
+
+    Args:
+        start: the checkpoint that this process begins with, in words.
+
+    Raises:
+        UsageError: if another process begins with another one.
+    """
+
+    def __init__(self, start: str) -> None:
+        self.start = start
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         assert isinstance(trainer, RunTrainer)
         trainer.agreed = trainer.strategy.broadcast(trainer.default_root_dir)
+        starts = of_every_process(self.start, trainer.world_size)
+        for process, start in enumerate(starts):
+            if start != starts[0]:
+                raise UsageError(
+                    f"process 0 begins with {starts[0]}, process {process} with {start}: all need the same folder "
+                    f"{trainer.agreed}, on a disk that their machines share"
+                )
 
 
 def run_folder(command: str, recipe: str, named: str | None, resumed: Path | None) -> Path:

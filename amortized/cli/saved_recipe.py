@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from amortized import checkpoint, disk
 from amortized.cli.differences import differences, named, same_class, without
 
 
 class SaveRecipe(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder and the recipe into every checkpoint; replaces no earlier one."""
+    """Writes ``config.yaml`` into the run's folder and the recipe into every checkpoint.
+
+    That of an earlier training is not replaced: one that goes on with other settings has ``config-2.yaml``, and so on. Those of
+    the last ``validate``, ``test`` and ``predict`` in the folder of a run are ``config-predict.yaml`` and the like.
+    """
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if not self.already_saved and trainer.is_global_zero:
             folder = disk.make(Path(trainer.default_root_dir))
-            path = folder / "config.yaml"
-            for number in range(2, 10_000):
+            # What another training wrote stays; what another test or prediction wrote is replaced, and so are its settings.
+            further = itertools.count(2) if stage == "fit" else [TrainerFn(stage).value]
+            names = itertools.chain(["config.yaml"], (f"config-{name}.yaml" for name in further))
+            for path in map(folder.joinpath, names):
                 if not path.exists() or path.read_text(encoding="utf-8") == self.text:
                     break
-                path = folder / f"config-{number}.yaml"
             disk.write(path, self.text)
         self.already_saved = True
 
@@ -64,6 +71,19 @@ def recipe_of(text: str) -> dict[str, Any]:
         "model": everything["model"],
         "data": everything["data"],
         "trainer": trainer,
+    }
+
+
+def predictions_of(text: str, weights: Path | None) -> dict[str, Any]:
+    """What predictions depend on: the recipe, the weights, and the files that its data name, as plain values."""
+    recipe = recipe_of(text)
+    given = [Path(value) for value in recipe["data"].get("init_args", {}).values() if isinstance(value, str)]
+    files = sorted({file for path in given for file in (path, *path.rglob("*")) if file.is_file()})
+    seen = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return {
+        "recipe": recipe,
+        "weights": checkpoint.sha256(weights) if weights else checkpoint.UNTRAINED,
+        "files": [list(map(str, file)) for file in seen],
     }
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from amortized.contexts.files import load_contexts
+from amortized.contexts.files import FileRows, open_contexts
 from amortized.contexts.solutions import SolutionSet, SolvedRows
 from amortized.contract import (
     Context,
@@ -130,6 +131,8 @@ class ContextDataModule(LightningDataModule):
             raise ValueError(f"data.evaluations: {wrong[0]!r} is no name; a name has letters, digits and _ alone")
         self.position = 0
         self.fit_needs: tuple[str, ...] = ("train", "val")
+        self.predict_batches: Sequence[int] | None = None
+        """Numbers of the batches that this process predicts for; ``None``: its share of all."""
         self._finite: dict[str, Context | Dataset | None] = {}
         self._order: tuple[int, Tensor] | None = None
 
@@ -153,9 +156,9 @@ class ContextDataModule(LightningDataModule):
         """
         return drawn
 
-    def read(self, path: str) -> Context:
-        """The contexts of a file to predict solutions for."""
-        return load_contexts(path, like=self._rows("test", self._set("test"), torch.arange(1), "cpu"))
+    def read(self, path: str) -> Context | Dataset:
+        """The contexts of a file to predict solutions for: all its rows, or a data set of them."""
+        return open_contexts(path, like=self._rows("test", self._set("test"), torch.arange(1), "cpu"))
 
     def augment(self, a: Context, generator: torch.Generator) -> Context:
         """A random change of training contexts from a finite set (crops, binarisation), with ``generator`` alone."""
@@ -180,8 +183,9 @@ class ContextDataModule(LightningDataModule):
                 return a
             augmented = self._ask("augment", a, self._generator(split, number, device))
             return check_context(augmented, f"{type(self).__name__}.augment")
-        every = torch.arange(_size(contexts))
-        return self._rows(split, contexts, every[number * self.eval_batch_size :][: self.eval_batch_size], device)
+        first, n = number * self.eval_batch_size, _size(contexts)
+        index = torch.arange(min(first, n), min(first + self.eval_batch_size, n))
+        return self._rows(split, contexts, index, device)
 
     def _drawn(self, split: str, number: int, n: int, device: torch.device | str = "cpu") -> Any:
         """What ``sample`` draws, still to be completed."""
@@ -266,7 +270,7 @@ class ContextDataModule(LightningDataModule):
         """The rows of a finite set that ``index`` names."""
         if not isinstance(contexts, Dataset):
             return take(contexts, index.to(device))
-        if isinstance(contexts, SolvedRows):
+        if isinstance(contexts, SolvedRows | FileRows):
             return map_leaves(lambda leaf: leaf.to(device), contexts.take(index))
         kind = f"{type(self).__name__}.contexts({split!r}), a {type(contexts).__name__}"
         try:
@@ -345,8 +349,10 @@ class ContextDataModule(LightningDataModule):
             overfit = self.trainer.overfit_batches if self.trainer else 0  # type: ignore[attr-defined]
             batches = _Batches(self, split, rank, world, None, overfit if isinstance(overfit, int) else 0)
         else:
+            n = self.num_batches(split)
+            chosen = self.predict_batches if split == "predict" else None
             # A process with nothing to do gets one batch without rows: it must still meet the others at the end.
-            batches = _Batches(self, split, rank, world, max(self.num_batches(split), rank + 1))
+            batches = _Batches(self, split, rank, world, (range(rank, n, world) if chosen is None else chosen) or [n])
         if not self.num_workers:
             return batches
         return DataLoader(batches, batch_size=None, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
@@ -408,10 +414,16 @@ class _Batches(IterableDataset):
     """
 
     def __init__(
-        self, data: ContextDataModule, split: str, rank: int, world: int, stop: int | None, repeat: int = 0
+        self,
+        data: ContextDataModule,
+        split: str,
+        rank: int,
+        world: int,
+        numbers: Sequence[int] | None,
+        repeat: int = 0,
     ) -> None:
-        self.data, self.split, self.rank, self.world, self.stop = data, split, rank, world, stop
-        self.repeat = repeat
+        self.data, self.split, self.rank, self.world = data, split, rank, world
+        self.numbers, self.repeat = numbers, repeat
 
     def __getstate__(self) -> dict[str, Any]:
         """For a worker that is spawned: it needs the contexts, not the run."""
@@ -421,14 +433,16 @@ class _Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        number = self.rank + (worker.id * self.world if worker else 0)
-        if self.split == "train":
-            used = self.data.position // self.data.batches_per_step
-            number += used % (self.repeat * self.world) if self.repeat else used
-        stride = self.world * (worker.num_workers if worker else 1)
-        while self.stop is None or number < self.stop:
+        mine, of = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number in itertools.islice(self._all(), mine, None, of):
             yield self._drawn(number) if worker else Batch(self.split, number)
-            number += stride
+
+    def _all(self) -> Iterable[int]:
+        """The numbers for this process, whichever of its workers draws them."""
+        if self.numbers is not None:
+            return self.numbers
+        used = self.data.position // self.data.batches_per_step
+        return itertools.count(self.rank + (used % (self.repeat * self.world) if self.repeat else used), self.world)
 
     def _drawn(self, number: int) -> Batch:
         # Endless training contexts are completed on the training device; all that is evaluated comes whole.
@@ -440,9 +454,9 @@ class _Batches(IterableDataset):
             return Batch(self.split, number, error)
 
     def __len__(self) -> int:
-        if self.stop is None:
+        if self.numbers is None:
             raise TypeError("training contexts have no end")
-        return len(range(self.rank, self.stop, self.world))
+        return len(self.numbers)
 
 
 def _size(contexts: Context | Dataset) -> int:

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from amortized.contract import Context, ProblemError, map_leaves
+from amortized import npz
+from amortized.contract import Context, ProblemError, map_leaves, num_rows
+
+Array = TypeVar("Array", Tensor, np.ndarray)
+
+MEMORY = 2**28
+"""Bytes of a file up to which it is read whole."""
+
+
+def open_contexts(path: str | Path, like: Context) -> Context | FileRows:
+    """The contexts of a file: as :func:`load_contexts`, or read as they are needed if the file is large and can be mapped.
+
+    Raises:
+        ProblemError: as :func:`load_contexts`.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() in (".npy", ".npz") and path.is_file() and path.stat().st_size > MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # compressed, or damaged: told where it is read whole
+            return FileRows(path, like)
+    return load_contexts(path, like)
 
 
 def load_contexts(path: str | Path, like: Context) -> Context:
@@ -42,6 +63,57 @@ def load_contexts(path: str | Path, like: Context) -> Context:
     except ProblemError as error:
         raise ProblemError(f"{path} {error}; expected {_forms(expected)}") from error
     return map_leaves(lambda _: next(rows), like)
+
+
+class FileRows(Dataset):
+    """The rows of a ``.npy`` or uncompressed ``.npz`` file, which is mapped into memory, not read.
+
+    Args:
+        path: the file.
+        like: contexts of the expected fields, shapes and types.
+
+    Raises:
+        ProblemError: as :func:`load_contexts`; for numbers that the expected type cannot hold, once they are needed.
+        ValueError: if it cannot be mapped.
+    """
+
+    def __init__(self, path: Path, like: Context) -> None:
+        self.path, self.like = path, map_leaves(lambda leaf: leaf[:0].cpu(), like)
+        self._columns: list[np.ndarray] | None = None
+        self.rows = len(self._mapped()[0])
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: int) -> Any:
+        return map_leaves(lambda leaf: leaf[0], self.take(torch.tensor([row])))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which maps the file itself."""
+        return self.__dict__ | {"_columns": None}
+
+    def take(self, index: Tensor) -> Context:
+        """The rows that ``index`` names, in its order."""
+        expected = fields(self.like)
+        columns = zip(expected.items(), self._mapped(), strict=True)
+        try:
+            rows = iter([_cast(_tensor(held[index.numpy()], name), leaf.dtype, name) for (name, leaf), held in columns])
+        except ProblemError as error:
+            raise ProblemError(f"{self.path} {error}; expected {_forms(expected)}") from error
+        return map_leaves(lambda _: next(rows), self.like)
+
+    def _mapped(self) -> list[np.ndarray]:
+        if self._columns is None:
+            expected = fields(self.like)
+            if self.path.suffix.lower() == ".npz":
+                held = npz.mapped(self.path)
+            else:
+                held = _records(np.lib.format.open_memmap(self.path, mode="r"))
+            try:
+                self._columns = _placed(held, expected)
+            except ProblemError as error:
+                raise ProblemError(f"{self.path} {error}; expected {_forms(expected)}") from error
+        return self._columns
 
 
 def as_contexts(given: Any, like: Context) -> Context:
@@ -95,6 +167,22 @@ def fields(a: Context, name: str = "") -> dict[str, Tensor]:
     return {k: leaf for field, part in parts for k, leaf in fields(part, f"{name}.{field}" if name else field).items()}
 
 
+def nan_in(a: Context) -> np.ndarray:
+    """Of each row what is NaN in it, in words ``(B,)``: ``NaN in value, mask``; of a lone tensor ``NaN in its context``."""
+    words = np.full(num_rows(a), "", object)
+    for name, leaf in fields(a).items():
+        for row in leaf.isnan().unsqueeze(-1).flatten(1).any(1).nonzero()[:, 0].tolist():
+            words[row] = f"{words[row]}, {name}" if words[row] else f"NaN in {name or 'its context'}"
+    return words.astype(str)
+
+
+def tell_nan(why: np.ndarray, first: int = 0) -> str:
+    """The first ten rows of :func:`nan_in` that have a NaN, in words; counted from ``first``; nothing if there are none."""
+    rows = np.flatnonzero(why != "")
+    named = ", ".join(f"row {first + row} ({why[row]})" for row in rows[:10]) + ", ..." * (len(rows) > 10)
+    return f"not solved, as there is NaN in the context: {named}" if len(rows) else ""
+
+
 def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Any]:
     """The arrays in a file by name; a lone one's name is empty."""
     kind = path.suffix.lower()
@@ -108,14 +196,19 @@ def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Any]:
             return {str(name): values for name, values in saved.items()} if isinstance(saved, dict) else {"": saved}
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            names = loaded.dtype.names or ()
-            return {name: loaded[name] for name in names} if names else {"": loaded}
+            return _records(loaded)
         with loaded:
             return dict(loaded)
     except Exception as error:  # numpy, torch, zipfile, zlib and pickle have one for every kind of damage
         # Their messages tell how to load such a file unsafely.
         why = error.strerror if isinstance(error, OSError) else None
         raise ProblemError(f"cannot be read: {why or 'it is damaged, or holds other things than numbers'}") from error
+
+
+def _records(loaded: np.ndarray) -> dict[str, np.ndarray]:
+    """The fields of an array of records; any other array has no name."""
+    names = loaded.dtype.names or ()
+    return {name: loaded[name] for name in names} if names else {"": loaded}
 
 
 def _table(path: Path, column: bool) -> np.ndarray:
@@ -162,6 +255,12 @@ def _tensor(values: Any, name: str) -> Tensor:
 
 def _matched(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Tensor]:
     """What was found in the order, the shapes and the types of what is expected."""
+    placed = zip(expected.items(), _placed(found, expected), strict=True)
+    return [_cast(values, leaf.dtype, name) for (name, leaf), values in placed]
+
+
+def _placed(found: dict[str, Array], expected: dict[str, Tensor]) -> list[Array]:
+    """What was found in the order of what is expected, and of its shapes."""
     if len(found) == len(expected) == 1 and "" in (*found, *expected):
         found = dict(zip(expected, found.values(), strict=True))  # there is only one place for it
     if found.keys() != expected.keys():
@@ -176,7 +275,7 @@ def _matched(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Tens
         raise ProblemError(f"has fields with different numbers of rows: {counts}")
     if not all(sizes.values()):
         raise ProblemError("has no rows")
-    return [_cast(found[name], leaf.dtype, name) for name, leaf in expected.items()]
+    return [found[name] for name in expected]
 
 
 def _cast(given: Tensor, dtype: torch.dtype, name: str) -> Tensor:

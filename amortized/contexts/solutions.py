@@ -7,10 +7,7 @@ batch's number, as with any finite set; rows for which no solver found anything 
 
 from __future__ import annotations
 
-import io
 import json
-import struct
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from amortized import npz
 from amortized.contexts.files import fields
 from amortized.contract import Context, ProblemError, Solved, leaves, map_leaves, num_rows, take
 
@@ -193,27 +191,9 @@ class SolvedRows(Dataset):
         if number not in self._shards:
             path = self.paths[number]
             try:
-                self._shards[number] = mapped(path)
-            except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, struct.error) as error:
+                self._shards[number] = npz.mapped(path)
+            except (OSError, ValueError) as error:
                 raise ProblemError(
                     f"{path} is damaged or missing: run the command that made it again, with --verify true"
                 ) from error
         return self._shards[number]
-
-
-def mapped(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an uncompressed ``.npz`` file, mapped into memory; no file stays open."""
-    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
-    found = {}
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            lengths = struct.unpack_from(
-                "<HH", data.data, entry.header_offset + 26
-            )  # of the name and of what follows it
-            start = entry.header_offset + 30 + sum(lengths)
-            head = io.BytesIO(data[start : start + 2**16].tobytes())
-            version = np.lib.format.read_magic(head)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(head)
-            found[entry.filename.removesuffix(".npy")] = np.ndarray(shape, dtype, data.data, start + head.tell())
-    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from amortized.solvers import MultiStart, Solver
+from amortized.solvers import InteriorPoint, MultiStart, Solver
 from amortized.solvers.structure import structure
 
 
@@ -43,8 +43,13 @@ def advice(problem: Any, solver: Solver, gap: dict[str, float]) -> str | None:
             f"--gap.solver MultiStart --gap.solver.solver {type(solver).__name__}"
         )
     if gap["converged"] < 0.5:
+        kinks = (
+            "where objective or constraints have kinks, --gap.solver AugmentedLagrangian"
+            if isinstance(used, InteriorPoint)
+            else "for an objective with kinks, smooth and prox (FISTA), or Adam"
+        )
         return (
             f"the solver converged on {gap['converged']:.1%} of the rows only, so the true gap may be larger: more "
-            "--gap.solver.steps, a larger --gap.solver.tol; for an objective with kinks, smooth and prox (FISTA), or Adam"
+            f"--gap.solver.steps, a larger --gap.solver.tol; {kinks}"
         )
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +109,7 @@ def calibrate_model(
 def _calibrate(
     module: AmortizedModule, data: ContextDataModule, solver: Solver, alpha: float, contexts: int
 ) -> Calibration:
-    train = context_of(_some(data, "train", 4 * contexts, module))
+    train, held_out = (_observed(data, split, 4 * contexts, module) for split in ("train", "val"))
     rows = [_gaps(module, a, solver, number) for number, a in enumerate(_batches(data, "val", contexts, module))]
     found = _Gaps(*map(torch.cat, zip(*rows, strict=True)))
     # The unit is fixed on contexts of its own: those that the bound is calibrated on must not have chosen it.
@@ -127,7 +128,7 @@ def _calibrate(
         refined_unfinished=stage(found.refined, ~found.refined_converged),
         solver=stage(found.solver, found.solver_converged),
         solver_unfinished=stage(found.solver, ~found.solver_converged),
-        likeness=_likeness(module.observe(train), module.observe(_some(data, "val", 4 * contexts, module))),
+        likeness=_likeness(train, held_out),
         gap=float(known.mean()) if len(known) else math.inf,
     )
 
@@ -171,18 +172,16 @@ def _gaps(module: AmortizedModule, a: Context, solver: Solver, number: int) -> _
     )
 
 
-def _batches(data: ContextDataModule, split: str, most: int, module: AmortizedModule) -> list[Context]:
+def _batches(data: ContextDataModule, split: str, most: int, module: AmortizedModule) -> Iterator[Context]:
     """The first contexts of a split, in its batches."""
-    found: list[Context] = []
     number, stop = 0, data.num_batches(split) if split != "train" else 10**9
     while most > 0 and number < stop:
         a = take(data.batch(split, number, module.device), slice(0, most))
-        a = a if module.dtype == torch.float32 else in_precision(a, module.dtype)  # type: ignore[arg-type]
-        found.append(a)
+        yield a if module.dtype == torch.float32 else in_precision(a, module.dtype)  # type: ignore[arg-type]
         most -= num_rows(a)
         number += 1
-    return found
 
 
-def _some(data: ContextDataModule, split: str, most: int, module: AmortizedModule) -> Context:
-    return concatenate(_batches(data, split, most, module))
+def _observed(data: ContextDataModule, split: str, most: int, module: AmortizedModule) -> Context:
+    """What the model sees of the first contexts of a split, a batch at a time: it may be less than there is."""
+    return concatenate([module.observe(context_of(a)) for a in _batches(data, split, most, module)])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from amortized import disk
 
 
 class MetricsLogger(Logger):
@@ -96,7 +97,7 @@ class MetricsLogger(Logger):
         header = self._rows({-1: {name: name for name in self._columns}})
         rows = self._rows(lines)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(f".metrics.csv.{os.getpid()}.unfinished")
+        unfinished = disk.unfinished(self.path)
         unfinished.write_bytes(b"".join(header + rows))
         unfinished.replace(self.path)
         self._saved(lines, len(header[0]), rows)

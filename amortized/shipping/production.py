@@ -9,13 +9,10 @@ processes make at once is the same bytes from both.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
 import re
-import socket
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,12 +21,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from amortized import disk
+from amortized import checkpoint, disk, npz
 from amortized.contexts.data_module import ContextDataModule
-from amortized.contexts.files import fields
+from amortized.contexts.files import fields, nan_in, tell_nan
 from amortized.contract import Context, ProblemError, concatenate, num_rows, take
 from amortized.shipping import answer
-from amortized.shipping.answer import Rows
 from amortized.shipping.trained import TrainedSolver
 from amortized.solvers import Solver
 
@@ -136,19 +132,22 @@ def _agree(folder: Path, plan: Plan) -> None:
 
 def _columns(solver: TrainedSolver, plan: Plan, shard: int, progress: tqdm[Any]) -> dict[str, np.ndarray]:
     """What a shard holds."""
-    rows: list[Rows] = []
     kept: list[Context] = []
     per_shard = -(-plan.shard_size // plan.batch_size)
-    for part, (first, n) in enumerate(_parts(plan, shard)):
-        number = shard * per_shard + part
-        drawn = plan.source == "drawn"
-        a = solver.data.produce(number, n, solver.module.device) if drawn else _rows(solver, plan.source, first, n)
-        found = solver.rows(a, plan.tol, number)
-        rows.append(Rows(*(column.cpu() for column in found)))
-        kept += [a] if plan.with_contexts else []
-        progress.update(n)
-    whole = concatenate(rows)
-    columns = {name: np.asarray(value.numpy()) for name, value in whole._asdict().items()}
+
+    def batches() -> Iterator[tuple[int, Context]]:
+        for part, (first, n) in enumerate(_parts(plan, shard)):
+            number = shard * per_shard + part
+            drawn = plan.source == "drawn"
+            a = solver.data.produce(number, n, solver.module.device) if drawn else _rows(solver, plan.source, first, n)
+            kept.extend([a] if plan.with_contexts else [])
+            if told := tell_nan(nan_in(a), first):
+                progress.write(told)
+            yield number, a
+            progress.update(n)
+
+    whole = solver.all_rows(batches(), plan.tol, plan.batch_size)
+    columns = {name: np.asarray(value.cpu().numpy()) for name, value in whole._asdict().items()}
     if kept:
         named = fields(concatenate(kept), "a")
         columns |= {name: leaf.cpu().numpy() for name, leaf in named.items()}
@@ -207,29 +206,16 @@ def _done(folder: Path, shard: int, verify: bool) -> bool:
     data, note = _names(folder, shard)
     if not (data.is_file() and note.is_file()):
         return False
-    if verify:
-        with data.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != json.loads(note.read_text())["sha256"]:
-                note.unlink()
+    if verify and checkpoint.sha256(data) != json.loads(note.read_text())["sha256"]:
+        note.unlink()
     return note.is_file()
 
 
 def _write(folder: Path, shard: int, columns: dict[str, np.ndarray]) -> None:
     """A shard, then the note that it is done; each reaches the disk before its name does."""
     data, note = _names(folder, shard)
-    unfinished = folder / f".{socket.gethostname()}.{os.getpid()}.{data.name}.unfinished"
-    try:
-        with zipfile.ZipFile(unfinished, "w") as archive:
-            for name, array in columns.items():  # under a date of its own, numpy's would differ from run to run
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-        disk.sync(unfinished)
-        with unfinished.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        unfinished.replace(data)
-        disk.sync(folder)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    npz.write(data, columns)
+    digest = checkpoint.sha256(data)
     objective, certificate = (columns[name].astype(np.float64) for name in ("objective", "certificate"))
     known = np.isfinite(objective)
     disk.write(

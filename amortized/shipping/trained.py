@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributions import Distribution
 
 from amortized.certificates.conformal import Conformal
 from amortized.contexts.data_module import DTYPES, ContextDataModule, in_precision
-from amortized.contexts.files import as_contexts
+from amortized.contexts.files import as_contexts, nan_in, tell_nan
 from amortized.contract import (
     Context,
     ProblemError,
@@ -144,18 +145,43 @@ class TrainedSolver:
             raise ProblemError(f"tol must be positive, in the objective's unit; got {tol}")
         plain = _is_numpy(a)
         contexts = as_contexts(a, self.like)
-        parts = [
-            self.rows(take(contexts, slice(at, at + batch_size)), tol, number)
-            for number, at in enumerate(range(0, num_rows(contexts), batch_size))
-        ]
-        return self._answer(self._placed(contexts), concatenate(parts), plain)
+        if told := tell_nan(nan_in(contexts)):
+            rank_zero_warn(told)
+        starts = range(0, num_rows(contexts), batch_size)
+        batches = ((number, take(contexts, slice(at, at + batch_size))) for number, at in enumerate(starts))
+        return self._answer(self._placed(contexts), self.all_rows(batches, tol, batch_size), plain)
 
     def rows(self, a: Context, tol: float, number: int = 0, by_network: bool = False) -> Rows:
         """The stages of :meth:`solve` on one batch; ``by_network`` leaves out those of the solver."""
         a = self._placed(a)
         with self._at_work(number):
             check_support(self.module, a)
-            return self._rows(a, tol, number, by_network) if self.trained else self._cold(a, tol, number)
+            if not self.trained:
+                return self._cold(a, tol, number)
+            rows = self._by_network(a, tol)
+            return rows if by_network else self._by_solver(a, rows, tol, number)
+
+    def all_rows(self, batches: Iterable[tuple[int, Context]], tol: float, batch_size: int) -> Rows:
+        """As :meth:`rows` of each numbered batch, one after the other; what the network leaves of them is solved together.
+
+        A solver takes as long for a few rows as for hundreds, so that rows left over from many batches cost what those of one do.
+        """
+        if not self.trained:
+            return concatenate([self.rows(a, tol, number) for number, a in batches])
+        parts, left = [], []
+        for number, a in batches:
+            rows = self.rows(a, tol, number, by_network=True)
+            parts.append(rows)
+            left.append(take(self._placed(a), rows.path == int(Path.NONE)))
+        whole, a = concatenate(parts), concatenate(left)
+        places = (whole.path == int(Path.NONE)).nonzero()[:, 0]
+        for at in range(0, len(places), batch_size):
+            some, near = places[at : at + batch_size], take(a, slice(at, at + batch_size))
+            with self._at_work(number):
+                found = self._by_solver(near, take(whole, some), tol, number)
+            for column, new in zip(whole, found, strict=True):
+                column[some] = new
+        return whole
 
     def _cold(self, a: Context, tol: float, number: int) -> Rows:
         """By the solver alone, from the cold start: solved is what converged, or is proved to lack at most ``tol``."""
@@ -170,18 +196,20 @@ class TrainedSolver:
         self._put(out, given.nonzero()[:, 0], *_parts(found, bound), Path.SOLVER, good, found.evaluations)
         return out
 
-    def _rows(self, a: Context, tol: float, number: int, by_network: bool) -> Rows:
-        calibration, module = self.calibration, self.module
+    def _by_network(self, a: Context, tol: float) -> Rows:
         given = rows_where(lambda leaf: ~leaf.isnan(), a)
-        unlike = given & calibration.likeness.unlike(module.observe(a))
+        unlike = given & self.calibration.likeness.unlike(self.module.observe(a))
         like = given & ~unlike
-        near, known = take(a, like), like.nonzero()[:, 0]
-        b, value, broken, bound = self._predicted(near)
-        out = _nothing(b, unlike)
-        good = self._put(out, known, b, value, bound, broken, Path.NETWORK, bound <= tol, 2)
-        failing = known[~good]
-        if by_network:
-            return out
+        b, value, broken, bound = self._predicted(take(a, like))
+        rows = _nothing(b, unlike)
+        self._put(rows, like.nonzero()[:, 0], b, value, bound, broken, Path.NETWORK, bound <= tol, 2)
+        return rows
+
+    def _by_solver(self, a: Context, out: Rows, tol: float, number: int) -> Rows:
+        """The rows with what the solver finds where the network did not suffice."""
+        calibration, module, unlike = self.calibration, self.module, out.unlike
+        given = rows_where(lambda leaf: ~leaf.isnan(), a)
+        failing = (given & ~unlike & (out.path == int(Path.NONE))).nonzero()[:, 0]
 
         # Those that failed from their prediction, those unlike from the cold start: one run of the solver.
         far = unlike if self.proof is None else torch.zeros_like(unlike)  # a proof holds there too
@@ -205,17 +233,13 @@ class TrainedSolver:
         return out
 
     def _predicted(self, a: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Predictions, their objectives, violations and bounds; in batches like those of evaluation, which fit a cache."""
-        module, certificate = self.module, self.proof or self.calibration.network
-        parts = []
-        for at in range(0, max(num_rows(a), 1), self.data.eval_batch_size):
-            near = take(a, slice(at, at + self.data.eval_batch_size))
-            b = module(near) if num_rows(near) else module.initial(near)
-            value = evaluate(module, b, near)
-            bound = torch.where(value.isfinite(), certificate.bound(module, b, near).to(value.dtype), torch.inf)
-            parts.append((b, value, violation(module, b, near), _limited(bound, value)))
-        b, value, broken, bound = (torch.cat(column) for column in zip(*parts, strict=True))
-        return b, value, broken, bound
+        """Predictions, in batches like those of evaluation, which fit a cache; their objectives, violations and bounds."""
+        module, certificate, size = self.module, self.proof or self.calibration.network, self.data.eval_batch_size
+        parts = [module(take(a, slice(at, at + size))) for at in range(0, num_rows(a), size)]
+        b = torch.cat(parts) if parts else module.initial(a)
+        value = evaluate(module, b, a)
+        bound = torch.where(value.isfinite(), certificate.bound(module, b, a).to(value.dtype), torch.inf)
+        return b, value, violation(module, b, a), _limited(bound, value)
 
     def _solved(self, a: Context, b: Tensor, number: int) -> Solution:
         # Started anew: rows of one search, and of the next, have the same draws.

@@ -12,7 +12,7 @@ few unknowns, twice differentiable            :class:`Newton`
 ``smooth`` and ``prox``                       :class:`FISTA`, with the maps of :mod:`amortized.solvers.structured.proximal`
 ``project``: a convex set                     :class:`ProjectedGradient`
 ``program``: a quadratic program              :class:`ADMM`
-``equality``, ``inequality``                  :class:`AugmentedLagrangian`; :class:`InteriorPoint` up to some hundred unknowns
+``equality``, ``inequality``                  :class:`InteriorPoint`; :class:`AugmentedLagrangian` for kinks, many unknowns
 ``update``: a fixed point                     :class:`Anderson`
 ============================================  =====================================================================
 

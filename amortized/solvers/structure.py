@@ -10,14 +10,14 @@ from amortized.solvers.cma_es import CMAES
 from amortized.solvers.smooth.gauss_newton import GaussNewton
 from amortized.solvers.smooth.lbfgs import LBFGS
 from amortized.solvers.structured.admm import ADMM
-from amortized.solvers.structured.augmented_lagrangian import AugmentedLagrangian
 from amortized.solvers.structured.fista import FISTA
+from amortized.solvers.structured.interior_point import InteriorPoint
 from amortized.solvers.structured.projected_gradient import ProjectedGradient
 
 STRUCTURES: tuple[tuple[tuple[str, ...], type[Solver]], ...] = (
     (("program",), ADMM),
-    (("equality",), AugmentedLagrangian),
-    (("inequality",), AugmentedLagrangian),
+    (("equality",), InteriorPoint),
+    (("inequality",), InteriorPoint),
     (("smooth", "prox"), FISTA),
     (("project",), ProjectedGradient),
     (("residuals",), GaussNewton),

@@ -69,6 +69,9 @@ class Template(nn.Module):
         elif adapt != "all":
             raise ValueError(f"Template: adapt must be all, last, film or low_rank; got {adapt!r}")
         self.model = model
+        # One parameter under two names: functional_call would look for such in every call.
+        names, all_names = (dict(model.named_parameters(remove_duplicate=once)) for once in (True, False))
+        self.tied = len(names) < len(all_names)
         self.shapes = {
             name: p.shape
             for name, p in model.named_parameters()
@@ -95,11 +98,9 @@ class Template(nn.Module):
                 f"a task of this template has {self.size} parameters of its own; solutions have {b.shape[1]}: give the network "
                 f"out_features: {self.size}"
             )
-        parts = b.split([shape.numel() for shape in self.shapes.values()], 1)
-        return {
-            name: self.model.get_parameter(name) + part.unflatten(1, shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        w = torch.cat([self.model.get_parameter(name).flatten() for name in self.shapes]) + b
+        parts = w.split([shape.numel() for shape in self.shapes.values()], 1)
+        return {name: part.unflatten(1, shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def features(self, x: Tensor) -> Tensor:
         """What the shared layers make of points ``(B, K, *)``; the points themselves, unless ``adapt`` is ``last``."""
@@ -111,7 +112,7 @@ class Template(nn.Module):
         """The outputs ``(B, K, *)`` of each task's own model at its :meth:`features` ``(B, K, *)``."""
 
         def one(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-            out: Tensor = functional_call(self.model, weights, (x,))
+            out: Tensor = functional_call(self.model, weights, (x,), tie_weights=self.tied)
             return out
 
         if not len(b):  # vmap needs a row

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amortized.contexts.data_module import ContextDataModule, load_contexts
+from amortized.contexts import ContextDataModule, load_contexts
 from amortized.contract import ProblemError, num_rows, take
 from amortized.problems.simulation.simulators import Simulator
 

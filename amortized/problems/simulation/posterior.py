@@ -127,6 +127,7 @@ class NeuralPosterior(AmortizedModule):
 
     def setup(self, stage: str) -> None:
         """Refuse simulations of another simulator."""
+        super().setup(stage)
         own = self.simulator
         other = getattr(getattr(self.trainer, "datamodule", None), "simulator", own)
         if type(other) is not type(own) or (other.shape, other.prior.dimension) != (own.shape, own.prior.dimension):

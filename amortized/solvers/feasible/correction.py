@@ -28,7 +28,7 @@ class Correction(Solver):
         """``C(b; a)``, in the shape and dtype of ``b`` ``(B, *)``; on its graph where gradients are on."""
 
     def _iterates(self, problem: Any, a: Context, b: Tensor) -> Iterator[Tensor]:
-        yield self.correct(problem, a, b) if len(b) else b
+        yield self.correct(problem, a, b) if b.shape[0] else b
 
     def _solve(self, problem: Any, a: Context, b: Tensor, dual: Tensor | None, trace: Trace | None) -> Solution:
         b = self.correct(problem, a, b).detach()

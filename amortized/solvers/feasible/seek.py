@@ -76,7 +76,7 @@ class Seek(Correction):
         A, lower, upper = polyhedron(problem, a)
         ax = times(A, x)
         r = (ax - upper).clamp(min=0) - (lower - ax).clamp(min=0)
-        return r, A.expand(len(x), *A.shape[-2:])
+        return r, A.expand(x.shape[0], *A.shape[-2:])
 
     @staticmethod
     def _smooth(problem: Any, a: Context, x: Tensor, b: Tensor, graph: bool) -> tuple[Tensor, Tensor]:

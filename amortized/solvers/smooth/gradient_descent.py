@@ -87,5 +87,7 @@ class GradientDescent(GradientSolver):
 
     def step(self, state: GradientDescentState, value: Tensor, grad: Tensor) -> GradientDescentState:
         """One step from ``state.b``."""
-        velocity = self.momentum * state.velocity - (self.step_size(state.iterations) * grad).to(grad.dtype)
+        velocity = (-self.step_size(state.iterations) * grad).to(grad.dtype)
+        if self.momentum:
+            velocity = self.momentum * state.velocity + velocity
         return GradientDescentState(state.b + velocity, velocity, state.iterations + 1)

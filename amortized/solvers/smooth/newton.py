@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -107,9 +108,11 @@ def jacobian(y: Tensor, x: Tensor) -> Tensor:
         return y.new_zeros(*y.shape, x.shape[1])
     m = y.shape[1]
     unit = torch.eye(m, dtype=y.dtype, device=y.device).unsqueeze(1).expand(m, *y.shape)
-    try:
-        (rows,) = torch.autograd.grad(y, x, unit, is_grads_batched=True, retain_graph=True)
-    except RuntimeError:  # an operation that cannot be batched over
+    rows = None
+    if isinstance(y.shape[0], int):  # batched, the free batch size of a graph that is exported would become a number
+        with contextlib.suppress(RuntimeError):  # an operation that cannot be batched over
+            (rows,) = torch.autograd.grad(y, x, unit, is_grads_batched=True, retain_graph=True)
+    if rows is None:
         rows = torch.stack([torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in unit])
     return rows.detach().movedim(0, 1)
 

@@ -72,6 +72,8 @@ class AugmentedLagrangian(Solver):
         ValueError: if ``rho`` is not positive.
     """
 
+    needs = ("objective", "inequality")  # or equality
+
     def __init__(
         self, steps: int = 40, inner: Solver | None = None, rho: float = 10.0, tol: float | None = None
     ) -> None:

@@ -18,6 +18,8 @@ from amortized.solvers.structured.interior_point_program import ProgramInteriorP
 
 PROGRESS = 0.5
 """What an iteration by the shared factor must shrink an error by; else the row's own Jacobian takes over."""
+NEAR = 10
+"""Times tol, within which a row is complete if nothing brings it nearer."""
 ADJOINT = 30
 """Iterations by the shared factor for a gradient; rows that need more have theirs from their own Jacobian."""
 REACH = 0.2
@@ -82,7 +84,7 @@ class Completion(Solver):
             x = self._corrected(rows, x, a)
         residual, value = rows.error(x, a), problem.objective(x.view(b.shape), a)
         finite = residual.isfinite() & value.isfinite()
-        status = torch.where(residual <= 10 * tol, int(Status.CONVERGED), int(Status.LIMIT))
+        status = torch.where(residual <= NEAR * tol, int(Status.CONVERGED), int(Status.LIMIT))
         status = torch.where(finite, status, int(Status.DIVERGED))
         found = Solution(x.view(b.shape), value, residual, iterations, iterations + 1, status)
         if trace is not None:
@@ -165,9 +167,9 @@ class _Equations:
             x, inverse = x.detach().clone(), self.shared(x)
             c = self.equality(x, a)
             error, iterations = c.abs().amax(1), torch.zeros(len(x), dtype=torch.int64, device=x.device)
-            own = torch.full_like(error, inverse is None, dtype=torch.bool)
+            own, done = torch.full_like(error, inverse is None, dtype=torch.bool), error <= tol
             for _ in range(steps):
-                going = error > tol
+                going = ~done
                 index = going.nonzero()[:, 0]
                 if not len(index):
                     break
@@ -179,7 +181,10 @@ class _Equations:
                 x[:, self.dependent] -= torch.where(going.unsqueeze(1), step, 0)
                 c = self.equality(x, a)
                 now = c.abs().amax(1)
-                own, error = own | ~(now < PROGRESS * error), now
+                stalled = ~(now < PROGRESS * error)
+                # What stalls this near is rounding: of large networks in float32 it is above tol.
+                done, error = done | (now <= tol) | (stalled & (now <= NEAR * tol)), now
+                own |= stalled & ~done
         return x, iterations
 
     def on_graph(self, x: Tensor, done: Tensor, a: Context) -> Tensor:
