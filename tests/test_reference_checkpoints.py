@@ -72,11 +72,7 @@ def test_it_is_of_its_recipe_wherever_the_classes_move(row, capsys):
         assert differences(without(theirs, free), without(ours, free)) == []
 
 
-<<<<<<< HEAD
 SLOW = ("cartpole_swingup", "lista", "omniglot", "power_flow_30", "power_flow_57", "power_flow_118", "two_moons")
-=======
-SLOW = ("cartpole_swingup", "lista", "power_flow_30", "power_flow_57", "power_flow_118", "two_moons")
->>>>>>> refs/heads/control
 """Whose solver takes twenty seconds or more; a sister of each is quick."""
 
 
