@@ -75,6 +75,8 @@ def test_prints_its_config(recipe, capsys):
 
 def test_ten_steps(runnable, tmp_path, capsys):
     text = runnable.read_text()
+    if "case118" in text:
+        pytest.skip("its solver takes a minute; that of power_flow_57 is the same")
     measures = "PosteriorDiagnostics" in text or "ClosedLoop" in text  # tested elsewhere
     alone = ["--trainer.callbacks=null"] if measures else []
     run = fit(runnable, tmp_path, "--trainer.max_steps=10", "--trainer.val_check_interval=10", *small(text), *alone)
