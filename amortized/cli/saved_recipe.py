@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def recipe_of(text: str) -> dict[str, Any]:
 def predictions_of(text: str, weights: Path | None) -> dict[str, Any]:
     """What predictions depend on: the recipe, the weights, and the files that its data name, as plain values."""
     recipe = recipe_of(text)
-    given = [Path(value) for value in recipe["data"].get("init_args", {}).values() if isinstance(value, str)]
+    values = recipe["data"].get("init_args", {}).values()
+    given = [Path(value) for value in values if isinstance(value, str) and os.path.exists(value)]
     files = sorted({file for path in given for file in (path, *path.rglob("*")) if file.is_file()})
     seen = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     return {
