@@ -112,6 +112,12 @@ def test_every_plan_for_a_chain_keeps_all_limits():
     assert (few.value < problem.objective(inside[:256], a[:256])).all()
 
 
+def test_a_plant_is_exact_to_double_precision():
+    plant = DoubleIntegrator(MLP(2, 20)).plant
+    assert plant.push.tolist() == [[0.2**2 / 2], [0.2]]
+    assert plant.dynamics.tolist() == [[1.0, 0.2], [0.0, 1.0]]
+
+
 def test_a_chain_is_four_masses_and_five_springs():
     """Without tension it swings for ever; a tension moves two neighbours apart or together, and no other at first."""
     (dynamics, _), (_, push) = chain(4, 0.5), chain(4, 1e-3)

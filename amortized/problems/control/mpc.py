@@ -162,7 +162,11 @@ class DoubleIntegrator(LinearControl):
     portrait = Portrait((0, 1), ("position", "velocity"), PUSH, STEP, (POSITION, VELOCITY))
 
     def __init__(self, network: nn.Module, horizon: int = 20, **kwargs: Any) -> None:
-        dynamics, push = torch.tensor([[1, STEP], [0, 1]], dtype=torch.float64), torch.tensor([[STEP**2 / 2], [STEP]])
+        exact = torch.float64
+        dynamics, push = (
+            torch.tensor([[1, STEP], [0, 1]], dtype=exact),
+            torch.tensor([[STEP**2 / 2], [STEP]], dtype=exact),
+        )
         plant = Plant(dynamics, push, STATE_COST, PUSH_COST, (POSITION, VELOCITY), PUSH)
         super().__init__(network, plant=plant, horizon=horizon, **kwargs)
 
